@@ -1,0 +1,207 @@
+"""Find the order in which a language model can lose its attention (mha) and MLP blocks.
+
+Each step masks every remaining block in turn and removes the one whose absence leaves the lowest
+perplexity on calibration text (BlockPruner, arXiv 2406.10594). The order is written after every
+removal; a run that was cut short continues where it stopped.
+
+    python block_search.py --model-path models/Llama-2-7b-hf --device cuda --del-block-num 20 \\
+        --cal-dataset alpaca --cal-nsamples 256
+"""
+import hashlib
+import math
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from scripts import flags
+
+# Settings that decide the order: a file searched with others is not continued.
+SETTINGS = (
+    "model", "block_type", "dataset", "split", "text_column", "seed", "documents", "seqlen", "batch_size", "dtype",
+    "device", "engine", "text_sha256",
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    flags.add_model_flags(parser)
+    parser.add_argument("--ppl-search-path", default="ppls", help="folder of the order file; made when missing")
+    parser.add_argument("--del-block-num", type=flags.count, default=0, help="blocks to remove")
+    parser.add_argument("--block-type", choices=("mha", "mlp", "mix"), default="mix", help="blocks to search")
+    parser.add_argument("--cal-nsamples", type=flags.positive, default=128, help="documents to draw (not windows)")
+    flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
+    parser.add_argument("--search", choices=("exhaustive",), default="exhaustive", help="search engine")
+    parser.add_argument("--overwrite", action="store_true", help="replace an order searched with other settings")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long; write nothing")
+    args = parser.parse_args(argv)
+    if not args.model_path:
+        parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    from lib import data, orders
+    from lib.blocks import Decoder
+    from lib.evaluate import perplexity, window_losses
+    from lib.model import default_device, load_model, load_tokenizer, parameter_count
+    from lib.search import ENGINES, NoFiniteCandidate
+
+    args.device = args.device or default_device()
+    path = orders.order_path(
+        args.ppl_search_path, args.model_path, args.block_type, args.cal_dataset, args.cal_nsamples
+    )
+    with parser.user_errors():  # everything that can fail fails before weights are read
+        n_layers = check(args)
+        corpus = data.load_documents(
+            args.cal_dataset, args.cal_split, args.text_column, args.data_dir
+        )
+        documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
+        windows = data.cut_windows(
+            documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
+        )
+        meta = describe(args, corpus, windows, n_layers)
+        order, meta = resume(path, meta, args.overwrite)
+        model, _ = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        decoder = Decoder(model)
+    blocks = decoder.blocks(args.block_type)
+    n = args.del_block_num
+    evaluations = sum(len(blocks) - k for k in range(len(order), n))
+    print(f"model         {args.model_path}: {parameter_count(model):,} parameters, {n_layers} layers")
+    print(f"compute       {args.device}, {args.compute_dtype}, engine {args.search}")
+    print(f"calibration   {meta['documents']} documents of {corpus.source} ({corpus.split or 'whole file'}), "
+          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
+    print(f"search        {n} of {len(blocks)} {args.block_type} blocks, {evaluations:,} evaluations -> {path}")
+    if order:
+        print(f"resuming      {len(order)} removals are done: {' '.join(map(str, order))}")
+
+    start = time.perf_counter()
+    dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
+    seconds = time.perf_counter() - start
+    if args.dry_run:
+        print(f"dense         perplexity {dense:.4f}, one evaluation took {seconds:.2f} s")
+        print(f"estimate      {timedelta(seconds=round(seconds * evaluations))} for the whole search; nothing written")
+        print(orders.to_json({
+            "dry_run": True, "blocks": len(blocks), "windows": len(windows), "tokens": windows.numel(),
+            "evaluations": evaluations, "estimated_seconds": seconds * evaluations, "dense_perplexity": dense,
+        }))  # fmt: skip
+        return
+    if not math.isfinite(dense):
+        print(f"warning: the dense model's perplexity is {dense}; try --compute-dtype fp32", file=sys.stderr)
+    meta["dense_perplexity"] = dense
+    print(f"dense         perplexity {dense:.4f}")
+
+    total = parameter_count(model)
+    with progress(evaluations) as bar:
+        engine = ENGINES[args.search](
+            decoder, blocks, windows, n, order, args.ppl_eval_batch_size, on_candidate=bar.candidate
+        )
+        try:
+            for step in engine:
+                order.append(step.block)
+                meta["steps"].append(step._asdict())
+                orders.save_order(path, order, meta)
+                ratio = 100 * decoder.block_parameters(order) / total
+                bar.write(f"{len(order):4d}/{n}  {step.block!s:6s}  perplexity {step.perplexity:12.4f}"
+                          f"  removed {ratio:6.2f} %  {step.seconds:7.1f} s")  # fmt: skip
+                bad = [str(b) for b, s in step.scores.items() if not math.isfinite(s)]
+                if bad:
+                    bar.write(f"warning: perplexity not finite without {', '.join(bad)}: never removed in this step")
+        except NoFiniteCandidate as error:
+            meta["failed"] = {"error": str(error), "candidates": error.scores}
+            orders.save_order(path, order, meta)
+            bar.close()
+            sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
+                     f"are in {path}; try --compute-dtype fp32")  # fmt: skip
+    steps = meta["steps"][:n]  # the file may hold more than was asked for
+    print(orders.to_json({
+        "order_file": str(path), "order": [str(b) for b in order[:n]], "dense_perplexity": dense,
+        "perplexity": steps[-1]["perplexity"] if steps else dense,
+        "removed_percent": 100 * decoder.block_parameters(order[:n]) / total,
+        "seconds": sum(step["seconds"] for step in steps),
+    }))  # fmt: skip
+
+
+def check(args):
+    """Raise ValueError for whatever the flags, the configuration and the folders already tell; return n layers."""
+    from lib.blocks import find_layers
+    from lib.data import check_dataset
+    from lib.model import check_device, skeleton
+
+    check_device(args.device)
+    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
+    flags.check_folder(args.ppl_search_path, "--ppl-search-path")
+    bare = skeleton(args.model_path, args.trust_remote_code)
+    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    n_layers = len(find_layers(bare))
+    most = 2 * n_layers if args.block_type == "mix" else n_layers
+    if args.del_block_num > most:
+        kinds = f"{n_layers} mha + {n_layers} mlp" if args.block_type == "mix" else f"all {args.block_type}"
+        raise ValueError(
+            f"--del-block-num {args.del_block_num}: {args.model_path} has {most} blocks ({kinds}); use 0..{most}"
+        )
+    return n_layers
+
+
+def describe(args, corpus, windows, n_layers):
+    """Return the order file's meta before the first removal."""
+    return {
+        "model": args.model_path, "layers": n_layers, "block_type": args.block_type, "dataset": args.cal_dataset,
+        "source": corpus.source, "split": corpus.split, "text_column": args.text_column, "seed": args.seed,
+        "documents": args.cal_nsamples, "windows": len(windows), "seqlen": args.ppl_eval_seqlen,
+        "tokens": windows.numel(), "batch_size": args.ppl_eval_batch_size,
+        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "dtype": args.compute_dtype,
+        "device": args.device, "engine": args.search, "versions": flags.versions(), "steps": [],
+    }  # fmt: skip
+
+
+def resume(path, meta, overwrite):
+    """Return (removals done, meta) of the order file at `path`, ([], meta) where there is none to continue."""
+    from lib.orders import read_order
+
+    if overwrite or not Path(path).exists():
+        return [], meta
+    order, old = read_order(path)
+    differ = [f"{key} {old.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS if old.get(key) != meta[key]]
+    if differ or len(old["steps"]) != len(order):
+        raise ValueError(
+            f"{path}: exists with other settings ({'; '.join(differ)}); pass --overwrite to replace it, "
+            "or give another --ppl-search-path"
+        )
+    old.pop("failed", None)
+    return order, old
+
+
+class progress:
+    """A progress bar over candidates with the best block of the step; a plain writer of lines above it."""
+
+    def __init__(self, total):
+        from tqdm import tqdm
+
+        seconds = 0.1 if sys.stderr.isatty() else 60  # a log file gets a line a minute
+        self.bar = tqdm(total=total, unit="eval", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=seconds)
+        self.best = (math.inf, "")
+
+    def candidate(self, block, score):
+        self.best = min(self.best, (score, str(block)))
+        self.bar.set_postfix_str(f"best {self.best[1]} {self.best[0]:.4f}", refresh=False)
+        self.bar.update()
+
+    def write(self, line):
+        self.best = (math.inf, "")
+        with self.bar.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+
+    def close(self):
+        self.bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Replay the first K removals of a pruning order, then measure what is left.
+
+The blocks are taken out of the model for good (its memory shrinks); dense and pruned perplexity are
+printed, and with --do-eval the paper's five zero-shot tasks. Reads orders of block_search.py and of
+the paper's own scripts; without an order and with --del-block-num 0 the dense model is measured.
+
+    python eval.py --do-eval --model-path models/Llama-2-7b-hf --device cuda --del-block-num 17 \\
+        --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json
+"""
+import sys
+from pathlib import Path
+
+from scripts import flags
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    flags.add_model_flags(parser)
+    parser.add_argument("--ppl-search-file", help="order file to replay; not needed for the dense model", default=None)
+    parser.add_argument("--del-block-num", type=flags.count, default=0, help="removals to replay")
+    flags.add_text_flags(parser, dataset="wikitext2", batch_size=2)
+    parser.add_argument("--cal-nsamples", type=flags.positive, default=None, help="documents to draw; all when absent")
+    parser.add_argument("--do-eval", action="store_true", help="also run the zero-shot tasks (lm-eval)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of --do-eval",
+                        default=["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"])  # fmt: skip
+    parser.add_argument("--task-data", help="folder with the five tasks' .jsonl files, instead of the hub", default=None)
+    parser.add_argument("--num-fewshot", type=flags.count, default=0, help="examples in each task's prompt")
+    parser.add_argument("--batch-size", type=flags.positive, default=1, help="requests per forward in tasks")
+    parser.add_argument("--limit", nargs="+", metavar="[TASK=]N", type=limit, default=[],
+                        help="first N windows and items only, or N items of TASK; not a result")  # fmt: skip
+    parser.add_argument("--output-path", help="result file (.json), written after every step", default=None)
+    args = parser.parse_args(argv)
+    args.limit = dict(args.limit)
+    if not args.model_path:
+        parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
+    return parser, args
+
+
+def limit(text):
+    """argparse type: "200" -> (None, 200), "hellaswag=2000" -> ("hellaswag", 2000)."""
+    task, _, number = text.rpartition("=")
+    return task or None, flags.positive(number)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    from lib import data, orders, tasks
+    from lib.blocks import Decoder
+    from lib.evaluate import perplexity, window_losses
+    from lib.model import default_device, load_model, load_tokenizer, parameter_count
+
+    args.device = args.device or default_device()
+    with parser.user_errors():  # everything that can fail fails before weights are read
+        order, meta = check(args)
+        corpus = data.load_documents(
+            args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=True
+        )
+        documents = corpus.documents
+        if args.cal_nsamples:
+            documents = data.sample_documents(documents, args.cal_nsamples, args.seed)
+        windows = data.cut_windows(
+            documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
+        )[: args.limit.get(None)]
+        model, tokenizer = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        decoder = Decoder(model)
+    searched = Path(meta.get("model", args.model_path)).name
+    if searched != Path(args.model_path).name:
+        print(f"warning: the order was searched on {searched}", file=sys.stderr)
+
+    def measure():
+        losses = window_losses(decoder, windows, args.ppl_eval_batch_size)
+        return perplexity(losses, args.ppl_eval_seqlen)
+
+    label = "NOT A RESULT, --limit: " + " ".join(f"{k or 'all'}={v}" for k, v in args.limit.items())
+    label = label if args.limit else None
+    print(f"model         {args.model_path}, {args.device}, {args.compute_dtype}")
+    print(f"text          {corpus.source} ({corpus.split or 'whole file'}), "
+          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
+    if label:
+        print(label)
+    dense_parameters, dense_bytes, dense = parameter_count(model), _bytes(model), measure()
+    decoder.remove(order)
+    parameters = parameter_count(model)
+    ratio = 100 * (1 - parameters / dense_parameters)
+    print(f"removed       {len(order)} blocks: {' '.join(map(str, order)) or 'none'}")
+    print(f"size          {dense_parameters:,} -> {parameters:,} parameters, "
+          f"{dense_bytes / 2**20:,.1f} -> {_bytes(model) / 2**20:,.1f} MiB, pruning ratio {ratio:.2f} %")  # fmt: skip
+    pruned = measure() if order else dense
+    print(f"perplexity    {dense:.4f} -> {pruned:.4f}")
+    result = {
+        "model": args.model_path, "order_file": args.ppl_search_file, "removed": [str(b) for b in order],
+        "dense_parameters": dense_parameters, "parameters": parameters, "pruning_ratio_percent": ratio,
+        "dataset": args.cal_dataset, "source": corpus.source, "split": corpus.split, "windows": len(windows),
+        "seqlen": args.ppl_eval_seqlen, "documents": len(documents), "seed": args.seed,
+        "dense_perplexity": dense, "perplexity": pruned, "limit": label, "num_fewshot": args.num_fewshot,
+        "dtype": args.compute_dtype, "device": args.device, "versions": flags.versions(), "tasks": {},
+    }  # fmt: skip
+
+    def save():
+        if args.output_path:
+            orders.write_json(args.output_path, result)
+
+    save()
+    for task in args.tasks if args.do_eval else ():
+        most = args.limit.get(task, args.limit.get(None))
+        result["tasks"] |= tasks.zero_shot(
+            model, tokenizer, [task], args.batch_size, args.num_fewshot, most, args.task_data
+        )
+        save()
+    print()
+    print_table(result, label)
+    print(orders.to_json(result))
+
+
+def check(args):
+    """Raise ValueError for whatever flags, files and the configuration already tell; return (removals, meta)."""
+    from lib import tasks
+    from lib.blocks import find_layers
+    from lib.data import check_dataset
+    from lib.model import check_device, skeleton
+    from lib.orders import check_order, read_order
+
+    check_device(args.device)
+    check_dataset(args.cal_dataset, args.cal_split, args.data_dir, held_out=True)
+    order, meta = [], {}
+    if args.ppl_search_file:
+        order, meta = read_order(args.ppl_search_file)
+        if args.del_block_num > len(order):
+            raise ValueError(f"--del-block-num {args.del_block_num}: {args.ppl_search_file} holds {len(order)} "
+                             f"removals; use 0..{len(order)}")  # fmt: skip
+    elif args.del_block_num:
+        raise ValueError(f"--del-block-num {args.del_block_num}: which blocks? give the order with --ppl-search-file")
+    if args.do_eval:
+        tasks.check_tasks(args.tasks, args.task_data)
+    unknown = set(args.limit) - {None, *args.tasks}
+    if unknown:
+        raise ValueError(f"--limit {unknown.pop()}=...: not among --tasks {' '.join(args.tasks)}")
+    if args.output_path:
+        if Path(args.output_path).is_dir():
+            raise ValueError(f"--output-path {args.output_path}: a folder; give a file name, e.g. result.json")
+        flags.check_folder(Path(args.output_path).parent, "--output-path")
+    bare = skeleton(args.model_path, args.trust_remote_code)
+    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    if args.ppl_search_file:
+        check_order(order, len(find_layers(bare)), args.ppl_search_file, meta)
+    return order[: args.del_block_num], meta
+
+
+def print_table(result, label):
+    """Print the paper's table: the dense row's perplexity, and everything measured of the model evaluated."""
+    from lib.tasks import TITLES
+
+    names = [*TITLES, *(t for t in result["tasks"] if t not in TITLES)] if result["tasks"] else []
+    titles = ["", "ratio %", "PPL", *(TITLES.get(n, n) for n in names), *(["average"] if names else [])]
+    scores = {name: 100 * task["score"] for name, task in result["tasks"].items()}
+    average = sum(scores.values()) / len(scores) if scores else None
+    cells = [f"{scores[n]:.2f}" if n in scores else "-" for n in names] + ([f"{average:.2f}"] if names else [])
+    rows = [titles]
+    if result["removed"]:
+        rows.append(["dense", "0.00", f"{result['dense_perplexity']:.2f}", *("-" for _ in cells)])
+    name = f"{len(result['removed'])} blocks removed" if result["removed"] else "dense"
+    rows.append([name, f"{result['pruning_ratio_percent']:.2f}", f"{result['perplexity']:.2f}", *cells])
+    widths = [max(len(row[c]) for row in rows) for c in range(len(titles))]
+    for row in rows:
+        print("  ".join(f"{cell:>{w}}" if c else f"{cell:<{w}}" for c, (cell, w) in enumerate(zip(row, widths))))
+    if label:
+        print(label)
+
+
+def _bytes(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+"""A decoder as embed -> layers -> head, and its residual blocks: find, mask, remove, step.
+
+A layer is two residual branches, ("mha", i) and ("mlp", i) (paper, section 3.1). A branch is
+masked by swapping its sub-modules for stand-ins that add nothing to the residual stream, so no
+layer's forward is ever copied and every family of FAMILIES goes through the same few lines. What
+a layer receives besides the stream (masks, rotary tables, positions) is caught from the model's
+own forward, and the head (final norm, lm_head, scaling, soft-capping) is the model's own forward
+with the layers bridged over.
+
+    decoder = Decoder(model)                      # refuses what it cannot prove
+    stream = decoder.embed(ids)                   # ids (B, T)
+    h = decoder.run(0, ("mlp",), stream.h, stream)    # layer 0 without its attention
+    sums = decoder.losses(h, ids)                 # (B,) next-token loss sums
+"""
+import contextlib
+import inspect
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+KINDS = ("mha", "mlp")
+HEAD_TOKENS = 512  # tokens per head call: full logits of a batch never exist at once
+
+
+class Block(NamedTuple):
+    """A residual block: `kind` is "mha" or "mlp", `layer` counts from 0."""
+
+    kind: str
+    layer: int
+
+    def __str__(self):
+        return f"{self.kind}{self.layer}"
+
+
+class Family(NamedTuple):
+    """Where a decoder layer class keeps its branches: names of sub-modules, absent ones ignored.
+
+    Of several modules of a branch the last one's output joins the stream. Norms go with their
+    branch; a layer without any of `mlp_norms` feeds both branches from the attention's norm.
+    """
+
+    mha: tuple
+    mlp: tuple
+    mha_norms: tuple
+    mlp_norms: tuple
+
+
+_LLAMA = Family(("self_attn",), ("mlp",), ("input_layernorm",), ("post_attention_layernorm",))
+_GEMMA2 = Family(
+    ("self_attn",), ("mlp",),
+    ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)  # fmt: skip
+_OLMO2 = Family(("self_attn",), ("mlp",), ("post_attention_layernorm",), ("post_feedforward_layernorm",))
+
+# Keyed by the class of the decoder layer. A new row needs a toy model in tests/families.py.
+FAMILIES = {
+    "LlamaDecoderLayer": _LLAMA,
+    "MistralDecoderLayer": _LLAMA,
+    "Qwen2DecoderLayer": _LLAMA,
+    "Qwen3DecoderLayer": _LLAMA,
+    "Phi3DecoderLayer": _LLAMA,
+    "GemmaDecoderLayer": _LLAMA,
+    "GraniteDecoderLayer": _LLAMA,
+    "Starcoder2DecoderLayer": _LLAMA,
+    "SmolLM3DecoderLayer": _LLAMA,
+    "StableLmDecoderLayer": _LLAMA,
+    "OlmoDecoderLayer": _LLAMA,
+    "CohereDecoderLayer": _LLAMA,
+    "Cohere2DecoderLayer": _LLAMA,
+    "PhiDecoderLayer": _LLAMA,
+    "Qwen2MoeDecoderLayer": _LLAMA,
+    "Qwen3MoeDecoderLayer": _LLAMA,
+    "OlmoeDecoderLayer": _LLAMA,
+    # transformers before 5 keeps Mixtral's experts under the second name
+    "MixtralDecoderLayer": _LLAMA._replace(mlp=("mlp", "block_sparse_moe")),
+    "Gemma2DecoderLayer": _GEMMA2,
+    "Gemma3DecoderLayer": _GEMMA2,
+    "Olmo2DecoderLayer": _OLMO2,
+    "Olmo3DecoderLayer": _OLMO2,
+    "OPTDecoderLayer": Family(("self_attn",), ("fc1", "fc2"), ("self_attn_layer_norm",), ("final_layer_norm",)),
+    "GPT2Block": Family(("attn",), ("mlp",), ("ln_1",), ("ln_2",)),
+    "GPTJBlock": Family(("attn",), ("mlp",), ("ln_1",), ()),
+    "GPTNeoXLayer": Family(("attention",), ("mlp",), ("input_layernorm",), ("post_attention_layernorm",)),
+    "FalconDecoderLayer": Family(
+        ("self_attention",), ("mlp",), ("input_layernorm", "ln_attn"), ("post_attention_layernorm", "ln_mlp")
+    ),
+    "BloomBlock": Family(("self_attention",), ("mlp",), ("input_layernorm",), ("post_attention_layernorm",)),
+    # Baichuan2's remote code: 7B and 13B
+    "DecoderLayer": _LLAMA,
+    "BaichuanLayer": _LLAMA,
+}
+
+
+class Stream(NamedTuple):
+    """A batch at the door of layer 0: h (B, T, H), and what each layer is called with besides h."""
+
+    h: torch.Tensor
+    calls: list  # per layer: (args, kwargs)
+
+
+class Decoder:
+    """A causal language model that can be stepped layer by layer with any blocks masked.
+
+    Building one runs the proof on a few tokens: stepping with nothing masked must give the model's
+    own logits bit for bit, and masking both blocks of a layer must make it the identity. Raises
+    ValueError naming the layer class where a model is unknown or fails.
+
+    counts["block"], counts["head"]: forwards done so far, in windows times blocks, and windows.
+    split[i]: whether layer i is its attention step followed by its MLP step, bit for bit, so that
+    the state between the two exists (not so where the branches are parallel).
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.layers = find_layers(model)
+        self.family = FAMILIES[type(self.layers[0]).__name__]
+        self.removed = set()
+        self.counts = Counter()
+        self._parts = [self._find_parts(layer) for layer in self.layers]
+        self.split = self._prove()
+
+    @property
+    def n_layers(self):
+        return len(self.layers)
+
+    def blocks(self, block_type="mix"):
+        """Return the blocks still there, in the paper's order: mha 0..L-1, then mlp 0..L-1."""
+        kinds = KINDS if block_type == "mix" else (block_type,)
+        every = [Block(kind, i) for kind in kinds for i in range(self.n_layers)]
+        return [block for block in every if block not in self.removed]
+
+    @torch.inference_mode()
+    def embed(self, ids):
+        """Return the Stream of token ids (B, T): the state entering layer 0 and every layer's other arguments."""
+        first, calls = [], [None] * self.n_layers
+
+        def catch(i):
+            def forward(*args, **kwargs):
+                h, args, kwargs = _split_call(args, kwargs)
+                if i == 0:
+                    first.append(h)
+                calls[i] = (args, kwargs)
+                return self._as_output(h)
+
+            return forward
+
+        with self._layers_replaced(catch):
+            self.model.base_model(input_ids=ids.to(self.input_device), use_cache=False)
+        return Stream(first[0], calls)
+
+    @torch.inference_mode()
+    def run(self, i, kinds, h, stream):
+        """Return h (B, T, H) after layer i with only the blocks of `kinds` on; the input is left as it is."""
+        if not kinds:
+            return h
+        self.counts["block"] += len(kinds) * len(h)
+        args, kwargs = stream.calls[i]
+        with self._layer_masked(i, [kind for kind in KINDS if kind not in kinds]):
+            return _tensor(self.layers[i](h, *args, **kwargs))
+
+    def kinds(self, i, masked=()):
+        """Return the kinds of layer i that are neither removed nor in `masked`, a collection of blocks."""
+        return tuple(k for k in KINDS if (k, i) not in self.removed and (k, i) not in masked)
+
+    @torch.inference_mode()
+    def head(self, x):
+        """Return the logits (n, V) of last-layer states x (n, H): the model's own norm, lm_head and scaling."""
+        ids = torch.zeros(1, len(x), dtype=torch.long, device=self.input_device)
+        x = x.unsqueeze(0)
+        with self._layers_replaced(lambda i: lambda *args, **kwargs: self._as_output(x)):
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+
+    @torch.inference_mode()
+    def losses(self, h, ids):
+        """Return each window's sum of next-token losses, (B,) float64 on the CPU.
+
+        h: (B, T, H) after the last layer; ids: (B, T). Token losses are float32 from the model's
+        own logits, or float64 where the model is.
+        """
+        B, T, H = h.shape
+        self.counts["head"] += B
+        x, targets = h[:, :-1].reshape(-1, H), ids[:, 1:].reshape(-1)
+        step = min(HEAD_TOKENS, T)  # learned positions may end at T
+        token_losses = [
+            _cross_entropy(self.head(part), target) for part, target in zip(x.split(step), targets.split(step))
+        ]
+        return torch.cat(token_losses).view(B, T - 1).double().sum(1).cpu()
+
+    @property
+    def input_device(self):
+        return self.model.get_input_embeddings().weight.device
+
+    @contextlib.contextmanager
+    def masked(self, blocks):
+        """Within this context the model itself runs without `blocks`."""
+        with contextlib.ExitStack() as stack:
+            for i in {block[1] for block in blocks}:
+                stack.enter_context(self._layer_masked(i, [k for k in KINDS if (k, i) in set(blocks)]))
+            yield
+
+    def block_parameters(self, blocks):
+        """Return how many parameters go with `blocks`, norms included; those already removed count nothing."""
+        gone = {}
+        for i in {block[1] for block in blocks}:
+            for _, module, _ in self._swaps(i, [k for k in KINDS if (k, i) in {*blocks, *self.removed}]):
+                gone |= {id(p): p.numel() for p in module.parameters()}
+        return sum(gone.values())
+
+    def remove(self, blocks):
+        """Take `blocks` out of the model for good and free their weights; the layer shells stay."""
+        for block in blocks:
+            self.removed.add(Block(*block))
+            gone = [kind for kind in KINDS if (kind, block[1]) in self.removed]
+            for name, _, stand_in in self._swaps(block[1], gone):
+                setattr(self.layers[block[1]], name, stand_in)
+            # a later mask of the other block must not bring the weights back
+            self._parts[block[1]] = [
+                (name, getattr(self.layers[block[1]], name), stand_in, kinds)
+                for name, _, stand_in, kinds in self._parts[block[1]]
+            ]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # ---- masking: swap sub-modules for stand-ins -------------------------------------------------
+
+    def _find_parts(self, layer):
+        """Return [(name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked."""
+        row, parts = self.family, []
+        norms = {kind: [n for n in names if hasattr(layer, n)] for kind, names in zip(KINDS, row[2:])}
+        for kind, names in zip(KINDS, row[:2]):
+            names = [n for n in names if hasattr(layer, n)]
+            if not names:
+                raise ValueError(
+                    f"{type(layer).__name__} has none of the modules {', '.join(getattr(row, kind))} that its row of "
+                    "FAMILIES in lib/blocks.py names; correct the row"
+                )
+            parts += [(n, getattr(layer, n), nn.Identity(), {kind}) for n in names[:-1]]
+            parts.append((names[-1], getattr(layer, names[-1]), _AddNothing(getattr(layer, names[-1])), {kind}))
+            owners = {kind} if norms["mlp"] else set(KINDS)
+            parts += [(n, getattr(layer, n), nn.Identity(), owners) for n in norms[kind]]
+        return parts
+
+    def _swaps(self, i, kinds):
+        return [part[:3] for part in self._parts[i] if part[3] <= set(kinds)]
+
+    @contextlib.contextmanager
+    def _layer_masked(self, i, kinds):
+        layer, swaps = self.layers[i], self._swaps(i, kinds) if kinds else ()
+        try:
+            for name, _, stand_in in swaps:
+                layer._modules[name] = stand_in  # setattr's checks cost more than a small layer
+            yield
+        finally:
+            for name, module, _ in swaps:
+                layer._modules[name] = module
+
+    # ---- bridging the layers ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _layers_replaced(self, forward_of):
+        """Within this context layer i's forward is forward_of(i)."""
+        before = [vars(layer).get("forward") for layer in self.layers]  # accelerate's hooks live there
+        try:
+            for i, layer in enumerate(self.layers):
+                layer.forward = forward_of(i)
+            yield
+        finally:
+            for layer, forward in zip(self.layers, before):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+
+    def _as_output(self, h):
+        return h if self._output_len is None else (h,) + (None,) * (self._output_len - 1)
+
+    # ---- the proof -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _prove(self):
+        """Prove the family's row on this model; return for each layer whether it splits in two steps."""
+        name = type(self.layers[0]).__name__
+        refusal = f"{name}: %s; its row of FAMILIES in lib/blocks.py does not describe this model"
+        ids = torch.arange(16, device=self.input_device).unsqueeze(0) % self.model.config.vocab_size
+        logits = self._learn_forms(ids)
+        stream = self.embed(ids)
+        h, split = stream.h, []
+        for i in range(self.n_layers):
+            given = h.clone()
+            args, kwargs = stream.calls[i]
+            with self._layer_masked(i, KINDS):
+                if not torch.equal(_tensor(self.layers[i](h, *args, **kwargs)), h):
+                    raise ValueError(refusal % f"layer {i} with both blocks masked is not the identity")
+            both = self.run(i, KINDS, h, stream)
+            halves = self.run(i, ("mlp",), self.run(i, ("mha",), h, stream), stream)
+            if not torch.equal(h, given):
+                raise ValueError(refusal % f"layer {i} changes its input in place")
+            split.append(torch.equal(both, halves))
+            h = both
+        if not torch.equal(self.head(h[0]), logits):
+            raise ValueError(refusal % "stepping through the layers does not give the model's own logits")
+        self.counts.clear()
+        return split
+
+    def _learn_forms(self, ids):
+        """Run the model once on ids; note which modules return tuples. Returns the logits (T, V)."""
+        hooks, seen = [], {}
+
+        def note(key):
+            def hook(module, args, output):
+                seen[key] = len(output) if isinstance(output, tuple) else None
+
+            return hook
+
+        try:
+            hooks.append(self.layers[0].register_forward_hook(note("layer")))
+            for parts in self._parts:
+                hooks += [m.register_forward_hook(note(s)) for _, m, s, _ in parts if isinstance(s, _AddNothing)]
+            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._output_len = seen.pop("layer")
+        for stand_in, length in seen.items():
+            stand_in.output_len = length
+        return logits
+
+
+def find_layers(model):
+    """Return the ModuleList of decoder layers of a transformers model, weights not needed.
+
+    Raises ValueError naming the class of an unknown layer and what to add.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    for layers in lists:
+        if len({type(layer) for layer in layers}) == 1 and type(layers[0]).__name__ in FAMILIES:
+            return layers
+    classes = sorted({type(layer).__name__ for layer in max(lists, key=len, default=())})
+    raise ValueError(
+        f"{type(model).__name__}: unknown decoder layer {' + '.join(classes) or '(no layer list found)'}; add a row to "
+        "FAMILIES in lib/blocks.py that names its attention, its MLP and their norms, and a toy to tests/families.py"
+    )
+
+
+class _AddNothing(nn.Module):
+    """Stands for a branch's last module: returns zeros, or the residual where the module adds it itself (Bloom)."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.signature = inspect.signature(module.forward)
+        self.adds_residual = "residual" in self.signature.parameters
+        self.output_len = None  # length of the tuple that the module returns, None for a tensor
+
+    def forward(self, *args, **kwargs):
+        if self.adds_residual:
+            out = self.signature.bind(*args, **kwargs).arguments["residual"]
+        else:
+            out = torch.zeros_like(_split_call(args, kwargs)[0])
+        return out if self.output_len is None else (out,) + (None,) * (self.output_len - 1)
+
+
+def _split_call(args, kwargs):
+    """Return (h, other args, other kwargs) of a call that passes the stream first or by its usual name."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), args, kwargs
+
+
+def _tensor(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _cross_entropy(logits, targets):
+    """Return token losses (n,), computed in float32 or better from logits (n, V) of any float dtype."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, targets.to(logits.device).unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,235 @@
+"""Load a causal language model and its tokenizer: hub id, local folder, or .gguf file.
+
+Everything that can be refused is refused on the configuration alone (`skeleton`), before any
+weight is read; a checkpoint that would leave weights at random values is refused after it.
+
+    model, tokenizer = load_model("models/Llama-2-7b-hf", "bf16", "cuda")
+"""
+import contextlib
+import logging
+from pathlib import Path
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth")
+
+
+def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False):
+    """Return (model, tokenizer): the model in eval mode, without gradients, on `device`.
+
+    path: hub id, folder, or .gguf file (dequantised to dense weights of `dtype`).
+    dtype: a key of DTYPES. device: "cpu", "cuda", "cuda:1"; plain "cuda" spreads a model that the
+    first visible GPU cannot hold over all of them (accelerate's device map).
+    Raises ValueError, one line, for everything a user can mend.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where, gguf = locate(path)
+    config = load_config(path, trust_remote_code)
+    kwargs = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    device_map = _device_map(config, dtype, device, trust_remote_code)
+    if device_map is not None:
+        kwargs["device_map"] = device_map
+    if gguf:
+        kwargs |= {"gguf_file": gguf, **_dequantise()}
+    else:
+        kwargs["config"] = config
+    with _readable(path, "weights"), _quiet():
+        model, info = AutoModelForCausalLM.from_pretrained(where, **kwargs)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"--model-path {path}: {len(missing)} weights are not in the checkpoint and would be random "
+            f"({', '.join(missing[:3])}, ...); give a complete checkpoint of {type(model).__name__}"
+        )
+    if device_map is None:
+        model.to(device)
+    model.eval().requires_grad_(False)
+    return model, load_tokenizer(path, trust_remote_code)
+
+
+def skeleton(path, trust_remote_code=False):
+    """Return the model as modules without weights (device "meta"), built from its configuration."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path, trust_remote_code)
+    with _readable(path, "configuration"), _quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
+
+
+def load_config(path, trust_remote_code=False):
+    """Return the configuration of the model at `path`; refuse what is no decoder-only model."""
+    from transformers import AutoConfig
+
+    where, gguf = locate(path)
+    with _readable(path, "configuration"), _quiet():
+        kwargs = {"gguf_file": gguf} if gguf else {}
+        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"--model-path {path}: {type(config).__name__} is an encoder-decoder; "
+            "blocks are searched in decoder-only language models"
+        )
+    classes = config.architectures or []
+    if classes and not any("CausalLM" in name or "LMHead" in name for name in classes):
+        raise ValueError(
+            f"--model-path {path}: {', '.join(classes)} is no causal language model; "
+            "use a checkpoint whose architecture ends in ForCausalLM or LMHeadModel"
+        )
+    return config
+
+
+def load_tokenizer(path, trust_remote_code=False):
+    """Return the tokenizer that lies beside the model at `path`."""
+    from transformers import AutoTokenizer
+
+    where, gguf = locate(path)
+    with _readable(path, "tokenizer"), _quiet():
+        kwargs = {"gguf_file": gguf} if gguf else {}
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
+    # The text is tokenized once and then cut; the tokenizer's own limit would only print a warning.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
+
+
+def parameter_count(model):
+    """Return the number of parameters, tied ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device):
+    """Raise ValueError unless torch can use `device` here."""
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except RuntimeError:
+        raise ValueError(f"--device {device}: unknown device; use cpu, cuda or cuda:N") from None
+    if kind == "cpu":
+        return
+    if kind != "cuda":
+        raise ValueError(f"--device {device}: only cpu and cuda are supported")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA GPU is visible to torch {torch.__version__}; use --device cpu")
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: {torch.cuda.device_count()} GPU(s) visible, numbered from 0")
+
+
+def locate(path):
+    """Return (folder or hub id, gguf file name or None) for transformers' from_pretrained.
+
+    Raises ValueError when a local path lacks what a model needs, or a hub id cannot be reached.
+    """
+    path = str(path)
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise ValueError(f"--model-path {path}: a file, but not .gguf; give a model folder or a .gguf file")
+        return str(local.parent), local.name
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            inside = sorted(f.name for f in local.glob("*.gguf"))
+            hint = f"; it holds {inside[0]}: give that file" if inside else ""
+            raise ValueError(f"--model-path {path}: folder without config.json{hint}")
+        if not any(next(local.glob(pattern), None) for pattern in WEIGHTS):
+            raise ValueError(f"--model-path {path}: folder without weights (no {', '.join(WEIGHTS)})")
+        return str(local), None
+    if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ValueError(f"--model-path {path}: no such file or folder")
+    _check_hub(path)
+    return path, None
+
+
+def _check_hub(name):
+    """Raise ValueError unless hub id `name` is cached or the hub knows it; asked once, without retries."""
+    if name in _checked_hub:
+        return
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
+
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            _checked_hub.add(name)
+            return
+        huggingface_hub.model_info(name, timeout=10)
+    except HFValidationError:
+        raise ValueError(f"--model-path {name}: no such folder, and not a hub id (owner/name)") from None
+    except GatedRepoError:
+        raise ValueError(
+            f"--model-path {name}: gated on the hub; accept its licence there and log in with `hf auth login`"
+        ) from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "an error")
+        raise ValueError(
+            f"--model-path {name}: no such folder, and the hub answered {status}; check the name or log in"
+        ) from None
+    except Exception as error:  # the HTTP client's own connection errors have changed class over versions
+        raise ValueError(
+            f"--model-path {name}: no such folder here, and the hub cannot be reached ({type(error).__name__}); "
+            f"give a local path: a folder with config.json, tokenizer and *.safetensors, or a .gguf file"
+        ) from None
+    _checked_hub.add(name)
+
+
+_checked_hub = set()
+
+
+@contextlib.contextmanager
+def _readable(path, what):
+    """Turn whatever transformers raises while reading `what` of `path` into one line."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        if "trust_remote_code" in str(error):
+            lines = ["it runs code of its own; read that code, then pass --trust-remote-code"]
+        raise ValueError(
+            f"--model-path {path}: cannot read its {what}: {type(error).__name__}: {lines[0][:300]}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Silence transformers' own loading bars and reports: what matters in them is raised."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _dequantise():
+    """Return from_pretrained's arguments that make a GGUF file a dense model."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # before transformers 5.20 dequantising was the only way
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _device_map(config, dtype, device, trust_remote_code):
+    """Return accelerate's device map: None for the CPU, one GPU, or "auto" when one is too small."""
+    if not str(device).startswith("cuda"):
+        return None
+    if str(device) == "cuda" and torch.cuda.device_count() > 1:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"), _quiet():
+            bare = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        need = parameter_count(bare) * DTYPES[dtype].itemsize
+        free, _ = torch.cuda.mem_get_info(0)
+        if need > 0.85 * free:  # the rest is for activations
+            return "auto"
+    return {"": device}

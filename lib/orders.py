@@ -1,0 +1,118 @@
+"""The order file: its name, reading, checking, and writing it so that nothing is ever lost.
+
+{"1": [["mha", 25]], "2": [["mha", 25], ["mha", 27]], ..., "meta": {...}}: entry k is the SET of the
+first k removals sorted by layer, as the paper's scripts write it; the order is the difference between
+consecutive entries. Everything else that this project knows lives under "meta".
+"""
+import json
+import math
+import os
+from pathlib import Path
+
+from lib.blocks import KINDS, Block
+
+
+def order_path(folder, model_path, block_type, dataset, nsamples):
+    """Return the reference's file name: <model>_<type>_<dataset>_ns_<n>_del_order_list.json."""
+    model = Path(model_path).stem if str(model_path).endswith(".gguf") else Path(model_path).name
+    data = Path(dataset).stem if Path(dataset).suffix else dataset
+    return Path(folder) / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
+
+
+def read_order(path):
+    """Return (list of Block in removal order, meta dict) of an order file, ours or the reference's.
+
+    Raises ValueError, one line, where the file is not one.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such order file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable JSON order file ({error}); search again to write a new one") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f'{path}: not an order file: expected {{"1": [["mha", 25]], ...}}')
+    meta = entries.pop("meta", {})
+    order = []
+    for k in range(1, len(entries) + 1):
+        if str(k) not in entries:
+            raise ValueError(f'{path}: {len(entries)} entries but no "{k}"; they must be numbered from 1')
+        new = _parse(path, k, entries[str(k)]) - set(order)
+        if len(new) != 1 or len(entries[str(k)]) != k:
+            raise ValueError(f'{path}: entry "{k}" must add exactly one block to entry "{k - 1}"')
+        order += new
+    if not order and not meta:
+        raise ValueError(f"{path}: holds no removals")
+    return order, meta
+
+
+def check_order(order, n_layers, path, meta=()):
+    """Raise ValueError unless every block of the order exists in a model of n_layers layers."""
+    searched = dict(meta).get("layers", n_layers)
+    if searched != n_layers:
+        raise ValueError(f"{path}: made for a model of {searched} layers; this one has {n_layers}")
+    for block in order:
+        if block.layer >= n_layers:
+            raise ValueError(f"{path}: {block} does not exist in a model of {n_layers} layers (0..{n_layers - 1})")
+
+
+def save_order(path, order, meta):
+    """Write the order file, atomically."""
+    entries = {}
+    for k in range(1, len(order) + 1):
+        entries[str(k)] = sorted(order[:k], key=lambda b: (b.layer, b.kind))
+    write_json(path, {**entries, "meta": meta})
+
+
+def write_json(path, value):
+    """Write JSON under a temporary name beside `path`, then rename it: a crash leaves the old file. Makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(_lines(value) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value):
+    """Return strict JSON on one line: NaN and infinities, which JSON lacks, as the strings "nan", "inf", "-inf"."""
+    return json.dumps(_strict(value), allow_nan=False)
+
+
+def _lines(value, indent=""):
+    """Return JSON with a line for each item of what holds dicts or lists of dicts; the rest stays compact."""
+    inner = indent + " "
+    if isinstance(value, dict) and any(isinstance(item, (dict, list)) for item in value.values()):
+        items = [f"{json.dumps(str(key))}: {_lines(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(inner + item for item in items) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return "[\n" + ",\n".join(inner + _lines(item, inner) for item in value) + f"\n{indent}]"
+    return to_json(value)
+
+
+def _strict(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, Block):
+        return list(value)
+    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _parse(path, k, entry):
+    """Return one entry as a set of Blocks."""
+    blocks = set()
+    for item in entry if isinstance(entry, list) else [entry]:
+        if not (isinstance(item, list) and len(item) == 2):
+            raise ValueError(f'{path}: entry "{k}" holds {item!r}; expected a pair like ["mha", 25]')
+        kind, layer = item
+        if kind not in KINDS:
+            raise ValueError(f'{path}: entry "{k}" has block type {kind!r}; allowed are {" and ".join(KINDS)}')
+        if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
+            raise ValueError(f'{path}: entry "{k}" has layer {layer!r}; allowed are whole numbers from 0')
+        blocks.add(Block(kind, layer))
+    return blocks

@@ -1,0 +1,93 @@
+"""The command line that block_search.py and eval.py share: flags, one-line errors, early checks."""
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+DTYPES = ("bf16", "fp16", "fp32", "fp64")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends on bad input with exit code 2 and one line, without the usage dump."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        # an exception's text may have line ends of its own; the promise is one line
+        print(f"{self.prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(2)
+
+    @contextlib.contextmanager
+    def user_errors(self):
+        """Within this context a ValueError of the library is the user's to mend."""
+        try:
+            yield
+        except ValueError as error:
+            self.error(error)
+
+
+def add_model_flags(parser):
+    parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised while loading)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; cuda when there is one, else cpu", default=None)
+    parser.add_argument("--compute-dtype", choices=DTYPES, default="bf16", help="dtype of weights and activations")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python that the model brings along")
+
+
+def add_text_flags(parser, dataset, batch_size):
+    parser.add_argument(
+        "--cal-dataset", default=dataset, help="alpaca, wikitext2, ptb, c4, pydoc, or a .txt/.jsonl/.json/.parquet file"
+    )
+    parser.add_argument("--cal-split", help="split of a named data set, instead of its usual one", default=None)
+    parser.add_argument("--text-column", help="column that holds the text, where it is not called text", default=None)
+    parser.add_argument("--data-dir", help="folder with local copies: NAME-SPLIT.jsonl or NAME.jsonl ...", default=None)
+    parser.add_argument("--ppl-eval-seqlen", type=positive, default=2048, help="window length in tokens")
+    parser.add_argument("--ppl-eval-batch-size", type=positive, default=batch_size, help="windows per forward")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the draw of documents")
+
+
+def positive(text):
+    """argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def count(text):
+    """argparse type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def check_folder(folder, flag):
+    """Raise ValueError unless files can be written to `folder` once it is made; makes nothing."""
+    path = Path(folder).expanduser().absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "not a folder" if not there.is_dir() else "not writable"
+        raise ValueError(f"{flag} {folder}: {there} is {what}; give a folder that can be written")
+
+
+def check_seqlen(config, seqlen):
+    """Raise ValueError where the model has fewer positions than a window has tokens; one token has no target."""
+    if seqlen < 2:
+        raise ValueError(f"--ppl-eval-seqlen {seqlen}: a window needs 2 tokens to have a next one")
+    most = getattr(config, "max_position_embeddings", None)
+    if most and seqlen > most:
+        raise ValueError(f"--ppl-eval-seqlen {seqlen}: the model has {most} positions; use 2..{most}")
+
+
+def versions():
+    """Return the versions that decide numbers, for result files."""
+    import platform
+
+    import torch
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

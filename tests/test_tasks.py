@@ -1,0 +1,386 @@
+"""lib/tasks.py and lm_eval/*.yaml against the harness's own tasks and a plain reimplementation."""
+
+import json
+import math
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import pytest
+import torch
+
+from lib import tasks
+
+pytest.importorskip("lm_eval.tasks")
+
+ROOT = tasks.TASK_FILES.parent
+SPLITS = {"arc_easy": "test", "arc_challenge": "test"}  # the others: validation
+OWN_FILES = {  # below the harness's tasks folder
+    "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+}
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(tmp_path, monkeypatch):
+    """Keep the Arrow copies of the JSON files out of the user's cache."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"network access: {args}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def read_rows(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(folder, rows: dict[str, list[dict]]):
+    folder.mkdir()
+    for name, items in rows.items():
+        lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def toy_rows(count=12) -> dict[str, list[dict]]:
+    """Rows in the real files' form, of words that Jinja, Python and YAML could trip over."""
+    rng = random.Random(0)
+    words = "the cat's \"hat\" 12 [title] {{x}} naïve 北京 a: b\\n 'why' two  gaps # % don't"
+    words = words.split(" ")  # the empty one makes double and trailing spaces
+
+    def text():
+        return " ".join(rng.choices(words, k=rng.randint(2, 7)))
+
+    def arc(index):
+        labels = rng.choice([list("ABCD"), list("ABC"), list("1234")])
+        return {
+            "id": str(index),
+            "question": text(),
+            "choices": {"text": [text() for _ in labels], "label": labels},
+            "answerKey": rng.choice(labels),
+        }
+
+    def winogrande():
+        return {
+            "sentence": f"{text()} _ {text()}.",
+            "option1": text(),
+            "option2": text(),
+            "answer": rng.choice("12"),
+        }
+
+    return {
+        "piqa": [
+            {"goal": text(), "sol1": text(), "sol2": text(), "label": rng.randrange(2)}
+            for _ in range(count)
+        ],
+        "winogrande": [winogrande() for _ in range(count)],
+        "hellaswag": [
+            {"query": text(), "choices": [text() for _ in range(4)], "gold": rng.randrange(4)}
+            for _ in range(count)
+        ],
+        "arc_easy": [arc(index) for index in range(count)],
+        "arc_challenge": [arc(index) for index in range(count)],
+    }
+
+
+@pytest.fixture(params=["toy", "real"])
+def rows(request) -> dict[str, list[dict]]:
+    """{task: rows}: made up, or 50 spread over each real file."""
+    if request.param == "toy":
+        return toy_rows()
+    folder = request.getfixturevalue("data_dir")
+    every = {name: read_rows(folder / f"{name}.jsonl") for name in tasks.TASKS}
+    return {name: items[:: len(items) // 50][:50] for name, items in every.items()}
+
+
+def load_local(name, folder):
+    return tasks.task_manager(hub=False).load([tasks.local_task(name, folder)])["tasks"][name]
+
+
+def load_own(name, items):
+    """The harness's own task on `items` as the hub would give them."""
+    import lm_eval.tasks
+    from datasets import Dataset, DatasetDict
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(f"{lm_eval.tasks.__path__[0]}/{OWN_FILES[name]}")
+    config.pop("tag", None)
+    if name == "hellaswag":  # the rows are preprocessed already; the hub's label is a string
+        del config["process_docs"]
+        items = [item | {"label": str(item["gold"])} for item in items]
+
+    class Offline(ConfigurableTask):
+        def download(self, *args, **kwargs):
+            rows = Dataset.from_list(items)
+            self.dataset = DatasetDict(train=rows, validation=rows, test=rows)
+
+    return Offline(config=config)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_local_variants_ask_what_the_harness_asks(name, rows, tmp_path):
+    local = load_local(name, write_rows(tmp_path / "data", rows))
+    own = load_own(name, rows[name])
+    for task in (local, own):
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests()
+    for request, own_request in zip(local.instances, own.instances, strict=True):
+        assert request.args == own_request.args
+        assert (request.doc_id, request.idx) == (own_request.doc_id, own_request.idx)
+
+    rng = random.Random(0)
+    for doc, own_doc in zip(local.eval_docs, own.eval_docs, strict=True):
+        assert local.doc_to_target(doc) == own.doc_to_target(own_doc)
+        if name == "winogrande":  # its gold index
+            assert local.doc_to_text(doc) == own.doc_to_text(own_doc) == int(doc["answer"]) - 1
+        scores = [(-100 * rng.random(), False) for _ in local.doc_to_choice(doc)]
+        assert local.process_results(doc, scores) == own.process_results(own_doc, scores)
+
+    assert local.VERSION == own.VERSION
+    same = ("task", "output_type", "metric_list", "target_delimiter", "description", "test_split")
+    assert [local.get_config(key) for key in same] == [own.get_config(key) for key in same]
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_harness_reads_every_row_unchanged(name, data_dir):
+    assert list(load_local(name, data_dir).eval_docs) == read_rows(data_dir / f"{name}.jsonl")
+
+
+def questions(name, row) -> tuple[list[tuple[str, str]], list[str], int]:
+    """(context, continuation) of every candidate, the texts acc_norm divides by, the gold index."""
+    if name == "winogrande":
+        before, after = row["sentence"].split("_")
+        options = [before + row["option1"], before + row["option2"]]
+        pairs = [(option, " " + after.strip()) for option in options]
+        return pairs, options, int(row["answer"]) - 1
+    if name == "hellaswag":
+        context, choices, gold = row["query"], row["choices"], row["gold"]
+    elif name == "piqa":
+        context, choices, gold = row["goal"], [row["sol1"], row["sol2"]], row["label"]
+    else:
+        context, choices = row["question"], row["choices"]["text"]
+        gold = row["choices"]["label"].index(row["answerKey"])
+    if name != "hellaswag":
+        context = f"Question: {context}\nAnswer:"
+    return [(context, " " + choice) for choice in choices], choices, gold
+
+
+@torch.no_grad()
+def log_probability(model, tokenizer, context, continuation) -> float:
+    """log P(continuation | context), one request at a time, in float32.
+
+    Spaces that end a context belong to the continuation, the harness's rule.
+    """
+    start = len(tokenizer(context.rstrip())["input_ids"])
+    ids = torch.tensor(tokenizer(context + continuation)["input_ids"])
+    logits = model(ids[None, :-1]).logits[0].float().log_softmax(-1)
+    return logits[start - 1 :].gather(1, ids[start:, None]).sum().item()
+
+
+def toy_tokenizer(rows):
+    """Byte-level BPE with a bos token in front, as Llama's, and no pad token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([json.dumps(rows, ensure_ascii=False)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def toy_model(tokenizer, dtype=torch.float32):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+class NoAttention(torch.nn.Module):
+    def forward(self, hidden_states, **kwargs):
+        return torch.zeros_like(hidden_states), None
+
+
+@pytest.fixture
+def asked(monkeypatch) -> dict:
+    """{(context, continuation): log-probability} of what the harness asks of the model."""
+    from lm_eval.models.huggingface import HFLM
+
+    seen, loglikelihood = {}, HFLM.loglikelihood
+
+    def record(self, requests, **kwargs):
+        answers = loglikelihood(self, requests, **kwargs)
+        seen.update((x.args, answer[0]) for x, answer in zip(requests, answers, strict=True))
+        return answers
+
+    monkeypatch.setattr(HFLM, "loglikelihood", record)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch_size"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 1)]
+)
+def test_zero_shot_is_the_plain_accuracy(dtype, batch_size, rows, tmp_path, no_network, asked):
+    folder, limit = write_rows(tmp_path / "data", rows), 5
+    tokenizer = toy_tokenizer(rows)
+    model = toy_model(tokenizer, dtype)
+    model.model.layers[0].self_attn = NoAttention()  # a pruned block
+    model.model.layers[2].self_attn = NoAttention()
+    scores = tasks.zero_shot(
+        model, tokenizer, tasks.TASKS, batch_size=batch_size, limit=limit, task_data=folder
+    )
+
+    expected, requests = {}, {}
+    for name in tasks.TASKS:
+        right, right_norm = 0, 0
+        for row in rows[name][:limit]:
+            pairs, choices, gold = questions(name, row)
+            values = [log_probability(model, tokenizer, *pair) for pair in pairs]
+            norms = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
+            right += values.index(max(values)) == gold
+            right_norm += norms.index(max(norms)) == gold
+            requests.update(zip(pairs, values, strict=True))
+        normed = name != "winogrande"
+        score = (right_norm if normed else right) / limit
+        expected[name] = {
+            "score": score,
+            "metric": "acc_norm" if normed else "acc",
+            "acc": right / limit,
+            "acc_norm": right_norm / limit if normed else None,
+            "stderr": pytest.approx(math.sqrt(score * (1 - score) / (limit - 1))),
+            "items": limit,
+        }
+    assert asked == pytest.approx(requests, rel=1e-5)  # bf16 sums would be off by 1e-3
+    assert scores == expected
+    assert list(scores) == list(tasks.TASKS)
+    assert tokenizer.pad_token is None  # the caller's tokenizer is left alone
+
+
+def test_folder_names_are_not_patterns(tmp_path):
+    rows = toy_rows()
+    write_rows(tmp_path / "data1", rows)
+    folder = write_rows(tmp_path / "data[1]*", rows)
+    assert list(load_local("piqa", folder).eval_docs) == rows["piqa"]
+
+
+def test_limit_per_task(tmp_path):
+    rows = toy_rows()
+    tokenizer = toy_tokenizer(rows)
+    scores = tasks.zero_shot(
+        toy_model(tokenizer),
+        tokenizer,
+        ["arc_easy", "piqa", "winogrande"],
+        limit={"piqa": 1, "arc_easy": 3},
+        task_data=write_rows(tmp_path / "data", rows),
+    )
+    assert {name: score["items"] for name, score in scores.items()} == {
+        "arc_easy": 3,
+        "piqa": 1,
+        "winogrande": 12,
+    }
+    assert scores["piqa"]["stderr"] is None
+    assert json.loads(json.dumps(scores)) == scores
+
+
+def test_unknown_answer_is_an_error_not_a_wrong_item(tmp_path):
+    rows = toy_rows()
+    for row in rows["winogrande"]:
+        row["answer"] = ""  # as in the hub's test split
+    with pytest.raises(jinja2.UndefinedError):
+        load_local("winogrande", write_rows(tmp_path / "data", rows))
+
+
+def run_python(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_folder_of_task_files_does_not_shadow_the_harness():
+    code = "import lm_eval, lm_eval.tasks; print(lm_eval.__file__)"
+    run = run_python("-c", code)
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).parent != tasks.TASK_FILES
+    assert {file.suffix for file in tasks.TASK_FILES.iterdir()} == {".yaml"}
+
+
+def test_missing_harness_is_named():
+    # -S: no site-packages, so that lm_eval/ in the checkout is all that `import lm_eval` finds.
+    code = "from lib.tasks import check_tasks; check_tasks(['piqa'])"
+    run = run_python("-S", "-c", code)
+    assert "ValueError: zero-shot tasks need lm_eval: pip install lm_eval==0.4.13" in run.stderr
+
+
+def test_local_task_errors(tmp_path):
+    (tmp_path / "piqa.jsonl").write_text("{}\n")
+    assert tasks.local_task("piqa", tmp_path)["dataset_kwargs"]["data_files"] == {
+        "validation": str(tmp_path / "piqa.jsonl")
+    }
+    with pytest.raises(ValueError, match="'mmlu' has no variant .* use piqa, .* or leave"):
+        tasks.local_task("mmlu", tmp_path)
+    with pytest.raises(ValueError, match="nowhere' is not a folder: give one that holds piqa.jsonl"):
+        tasks.local_task("piqa", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no arc_easy.jsonl: task arc_easy reads it"):
+        tasks.local_task("arc_easy", tmp_path)
+
+
+def test_check_tasks_errors(tmp_path, monkeypatch):
+    (tmp_path / "piqa.jsonl").write_text("{}\n")
+    tasks.check_tasks(["piqa"], tmp_path)
+    with pytest.raises(ValueError, match="'wikitext' has no variant"):
+        tasks.check_tasks(["piqa", "wikitext"], tmp_path)
+    with pytest.raises(ValueError, match="holds no winogrande.jsonl"):
+        tasks.check_tasks(["piqa", "winogrande"], tmp_path)
+    with pytest.raises(ValueError, match="5 few-shot examples with local task data: .* use 0"):
+        tasks.check_tasks(["piqa"], tmp_path, num_fewshot=5)
+    with pytest.raises(ValueError, match="no task given"):
+        tasks.check_tasks([], tmp_path)
+
+    import lm_eval.tasks
+
+    folder = lm_eval.tasks.__path__[0]  # a few of its folders: all take ten seconds
+    index = lm_eval.tasks.TaskManager(
+        include_defaults=False,
+        include_path=[f"{folder}/arc", f"{folder}/gsm8k", f"{folder}/mmlu/default"],
+    )
+    monkeypatch.setattr(tasks, "task_manager", lambda hub: index)
+    tasks.check_tasks(["arc_easy", "mmlu"])
+    with pytest.raises(ValueError, match="'picqa' is unknown to lm_eval: use some of piqa, "):
+        tasks.check_tasks(["arc_easy", "picqa"])
+    with pytest.raises(ValueError, match="'ai2_arc' is lm_eval's tag .*: arc_challenge, arc_easy"):
+        tasks.check_tasks(["ai2_arc"])
+    with pytest.raises(ValueError, match="'gsm8k' reports exact_match: only tasks with acc"):
+        tasks.check_tasks(["gsm8k"])
+
+
+@pytest.mark.parametrize("limit", [0, -1, 0.5, {"piqa": 0}, {"hellaswag": 5}])
+def test_limit_errors(limit):
+    with pytest.raises(ValueError, match="limit .*(whole number|not among the tasks)"):
+        tasks.check_limits(["piqa"], limit)
