@@ -19,7 +19,7 @@ from scripts import flags
 # Settings that decide the order: a file searched with others is not continued.
 SETTINGS = (
     "model", "block_type", "dataset", "split", "text_column", "seed", "documents", "seqlen", "batch_size", "dtype",
-    "device", "engine", "text_sha256",
+    "device", "engine", "race_confidence", "text_sha256",
 )  # fmt: skip
 
 
@@ -31,7 +31,12 @@ def parse_args(argv=None):
     parser.add_argument("--block-type", choices=("mha", "mlp", "mix"), default="mix", help="blocks to search")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=128, help="documents to draw (not windows)")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
-    parser.add_argument("--search", choices=("exhaustive",), default="exhaustive", help="search engine")
+    parser.add_argument("--search", choices=("cached", "race", "exhaustive"), default="cached",
+                        help="cached: the exact order, shared work; race: approximate, faster; exhaustive: the paper's")
+    parser.add_argument("--cache-gb", type=flags.size, default=None,
+                        help="memory for kept states (cached, race), GiB; a share of what is free when absent")
+    parser.add_argument("--race-confidence", type=flags.size, default=4.0,
+                        help="race: standard errors behind the leader at which a candidate drops out")
     parser.add_argument("--overwrite", action="store_true", help="replace an order searched with other settings")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long; write nothing")
     args = parser.parse_args(argv)
@@ -93,10 +98,14 @@ def main(argv=None):
     print(f"dense         perplexity {dense:.4f}")
 
     total = parameter_count(model)
-    with progress(evaluations) as bar:
+    with progress(evaluations * len(windows)) as bar:
+        options = {} if args.cache_gb is None else {"cache_bytes": int(args.cache_gb * 2**30)}
+        if args.search == "race":
+            options["confidence"] = args.race_confidence
         engine = ENGINES[args.search](
-            decoder, blocks, windows, n, order, args.ppl_eval_batch_size, on_candidate=bar.candidate
-        )
+            decoder, blocks, windows, n, order, args.ppl_eval_batch_size, bar.advance,
+            **options if args.search != "exhaustive" else {},
+        )  # fmt: skip
         try:
             for step in engine:
                 order.append(step.block)
@@ -152,7 +161,8 @@ def describe(args, corpus, windows, n_layers):
         "documents": args.cal_nsamples, "windows": len(windows), "seqlen": args.ppl_eval_seqlen,
         "tokens": windows.numel(), "batch_size": args.ppl_eval_batch_size,
         "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "dtype": args.compute_dtype,
-        "device": args.device, "engine": args.search, "versions": flags.versions(), "steps": [],
+        "device": args.device, "engine": args.search, "approximate": args.search == "race",
+        "race_confidence": args.race_confidence if args.search == "race" else None, "versions": flags.versions(), "steps": [],
     }  # fmt: skip
 
 
@@ -180,16 +190,17 @@ class progress:
         from tqdm import tqdm
 
         seconds = 0.1 if sys.stderr.isatty() else 60  # a log file gets a line a minute
-        self.bar = tqdm(total=total, unit="eval", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=seconds)
-        self.best = (math.inf, "")
+        self.bar = tqdm(total=total, unit="window", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=seconds)
+        self.scores = {}
 
-    def candidate(self, block, score):
-        self.best = min(self.best, (score, str(block)))
-        self.bar.set_postfix_str(f"best {self.best[1]} {self.best[0]:.4f}", refresh=False)
-        self.bar.update()
+    def advance(self, block, windows, score):
+        self.scores[block] = score
+        best = min(self.scores, key=lambda b: (math.isnan(self.scores[b]), self.scores[b]))
+        self.bar.set_postfix_str(f"best {best} {self.scores[best]:.4f}", refresh=False)
+        self.bar.update(windows)
 
     def write(self, line):
-        self.best = (math.inf, "")
+        self.scores = {}
         with self.bar.external_write_mode(file=sys.stdout):
             print(line, flush=True)
 

@@ -131,7 +131,7 @@ def check(args):
     elif args.del_block_num:
         raise ValueError(f"--del-block-num {args.del_block_num}: which blocks? give the order with --ppl-search-file")
     if args.do_eval:
-        tasks.check_tasks(args.tasks, args.task_data)
+        tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
     unknown = set(args.limit) - {None, *args.tasks}
     if unknown:
         raise ValueError(f"--limit {unknown.pop()}=...: not among --tasks {' '.join(args.tasks)}")

@@ -10,7 +10,7 @@ with the layers bridged over.
     decoder = Decoder(model)                      # refuses what it cannot prove
     stream = decoder.embed(ids)                   # ids (B, T)
     h = decoder.run(0, ("mlp",), stream.h, stream)    # layer 0 without its attention
-    sums = decoder.losses(h, ids)                 # (B,) next-token loss sums
+    losses = decoder.token_losses(h, ids)         # (B, T-1) next-token losses
 """
 import contextlib
 import inspect
@@ -173,20 +173,18 @@ class Decoder:
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
     @torch.inference_mode()
-    def losses(self, h, ids):
-        """Return each window's sum of next-token losses, (B,) float64 on the CPU.
+    def token_losses(self, h, ids):
+        """Return the next-token losses (B, T-1) on the CPU, float32 (float64 where the model is).
 
-        h: (B, T, H) after the last layer; ids: (B, T). Token losses are float32 from the model's
-        own logits, or float64 where the model is.
+        h: (B, T, H) after the last layer; ids: (B, T). Computed from the model's own logits, on
+        slices of at most HEAD_TOKENS tokens so that full logits never exist at once.
         """
         B, T, H = h.shape
         self.counts["head"] += B
         x, targets = h[:, :-1].reshape(-1, H), ids[:, 1:].reshape(-1)
         step = min(HEAD_TOKENS, T)  # learned positions may end at T
-        token_losses = [
-            _cross_entropy(self.head(part), target) for part, target in zip(x.split(step), targets.split(step))
-        ]
-        return torch.cat(token_losses).view(B, T - 1).double().sum(1).cpu()
+        losses = [_cross_entropy(self.head(x[a : a + step]), targets[a : a + step]) for a in range(0, len(x), step)]
+        return torch.cat(losses).view(B, T - 1).cpu()
 
     @property
     def input_device(self):

@@ -1,22 +1,30 @@
 """The iterative search: mask each remaining block, remove the one whose absence hurts least, repeat.
 
 Engines are generators of Step, one per removal, so that the caller can save after each; resuming is
-passing the blocks already removed as `done`.
+passing the blocks already removed as `done`. `exhaustive` is the paper's loop, `cached` shares work
+between candidates and iterations and gives the same numbers bit for bit, `race` stops scoring a
+candidate once it is clearly behind (approximate).
 
-    for step in exhaustive(Decoder(model), decoder.blocks("mix"), windows, n=12, batch_size=8):
+    for step in cached(decoder, decoder.blocks("mix"), windows, n=12, batch_size=8):
         print(step.block, step.perplexity)
 """
 import math
 import time
 from typing import NamedTuple
 
+import torch
+
 from lib.blocks import Block
 from lib.evaluate import perplexity, window_losses
+from lib.trajectories import DEVICE_SHARE, HOST_SHARE, Plan, Store, Trajectories, free_bytes
+
+RACE_CONFIDENCE = 4.0
 
 
 class Step(NamedTuple):
     """One removal. block: what goes; perplexity: without it; scores: every candidate's perplexity.
 
+    windows: how many windows each candidate was scored on, None where it is all of them.
     block_forwards and head_forwards count what the iteration computed, in windows times blocks and
     in windows; seconds is its wall time.
     """
@@ -24,6 +32,7 @@ class Step(NamedTuple):
     block: Block
     perplexity: float
     scores: dict
+    windows: dict | None
     block_forwards: int
     head_forwards: int
     seconds: float
@@ -37,34 +46,131 @@ class NoFiniteCandidate(RuntimeError):
         self.scores = scores
 
 
-def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, on_candidate=lambda block, score: None):
-    """Yield n Steps minus those in `done`: the paper's search, every candidate run from the first layer.
+def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
+    """Yield the Steps that bring `done` to n removals: the paper's search, each candidate from the first layer.
 
     blocks: candidates in the order in which ties are decided (first wins); windows: token ids (N, T);
-    done: blocks removed before, in order. on_candidate(block, perplexity) is called after each
-    candidate. Raises NoFiniteCandidate where no candidate can win.
+    done: blocks removed before, in order; progress(block, windows, running perplexity) is called as
+    work gets done. Raises NoFiniteCandidate where no candidate can win.
     """
-    removed = list(done)
+    removed, streams = list(done), [decoder.embed(ids) for ids in windows.split(batch_size)]
     while len(removed) < n:
-        start, before = time.perf_counter(), decoder.counts.copy()
+        clock = _Clock(decoder)
         scores = {}
-        for block in blocks:
-            if block not in removed:
-                losses = window_losses(decoder, windows, batch_size, masked={*removed, block})
-                scores[block] = perplexity(losses, windows.shape[1])
-                on_candidate(block, scores[block])
-        step = _decide(scores, decoder.counts - before, time.perf_counter() - start)
+        for block in _left(blocks, removed):
+            losses = window_losses(decoder, windows, batch_size, {*removed, block}, streams)
+            scores[block] = perplexity(losses, windows.shape[1])
+            if progress:
+                progress(block, len(windows), scores[block])
+        step = _decide(scores, scores, None, clock)
         removed.append(step.block)
         yield step
 
 
-def _decide(scores, counts, seconds):
-    """Return the Step that removes the block of lowest finite score, the first of equal ones."""
-    finite = {block: score for block, score in scores.items() if math.isfinite(score)}
+def cached(decoder, blocks, windows, n, done=(), batch_size=8, progress=None, cache_bytes=None):
+    """Yield the same Steps as `exhaustive`, from the same losses bit for bit, in a fraction of the forwards.
+
+    cache_bytes: memory for states kept between iterations (lib.trajectories); None takes DEVICE_SHARE
+    of what is free there, and HOST_SHARE of the host's for what spills from a GPU. Less memory means
+    more forwards, never other numbers.
+    """
+    yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, math.inf)
+
+
+def race(
+    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, cache_bytes=None, confidence=RACE_CONFIDENCE
+):
+    """Yield Steps like `cached`, but score candidates batch by batch and drop those clearly behind (approximate).
+
+    After each batch a candidate drops out once the mean of its token losses minus the leader's, over
+    the tokens both have seen, exceeds `confidence` standard errors of that mean. The rest see all
+    windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
+    it saw. Small batches decide sooner. confidence = inf drops nobody: the numbers of `cached`.
+    """
+    yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, confidence)
+
+
+ENGINES = {"cached": cached, "race": race, "exhaustive": exhaustive}
+
+
+def _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, confidence):
+    removed = list(done)
+    plan, store = _plan(decoder, _left(blocks, removed), windows, cache_bytes)
+    batches = [Trajectories(decoder, ids, plan, store) for ids in windows.split(batch_size)]
+    T = windows.shape[1]
+    while len(removed) < n:
+        clock = _Clock(decoder)
+        left = _left(blocks, removed)
+        alive, losses = list(left), {block: [] for block in left}  # token losses of each batch seen
+        for batch in batches:
+            for block, token_losses in batch.token_losses(alive, removed):
+                losses[block].append(token_losses)
+                if progress:
+                    progress(block, len(batch.ids), _score(losses[block], T))
+            if confidence < math.inf and batch is not batches[-1]:
+                alive = _survivors(alive, losses, confidence)
+        scores = {block: _score(losses[block], T) for block in left}
+        seen = {block: sum(map(len, losses[block])) for block in left}
+        if progress:
+            for block in left:
+                progress(block, len(windows) - seen[block], scores[block])
+        step = _decide(scores, alive, seen if confidence < math.inf else None, clock)
+        removed.append(step.block)
+        for batch in batches:
+            batch.removal_at(step.block.layer)
+            batch.forget(step.block)
+        yield step
+
+
+def _survivors(alive, losses, confidence):
+    """Return the candidates not clearly behind the leader; losses: block -> list of (B, T-1) token losses."""
+    tokens = {block: torch.cat([t.flatten() for t in losses[block]]).double() for block in alive}
+    finite = [block for block in alive if tokens[block].isfinite().all()]
+    if not finite:
+        return alive
+    leader = min(finite, key=lambda block: tokens[block].mean().item())
+    survivors = []
+    for block in finite:
+        behind = tokens[block] - tokens[leader]
+        error = behind.std().item() / math.sqrt(len(behind))
+        if behind.mean().item() <= confidence * error:
+            survivors.append(block)
+    return survivors
+
+
+def _score(batches, T):
+    return perplexity(torch.cat([token_losses.double().sum(1) for token_losses in batches]), T)
+
+
+def _decide(scores, alive, windows, clock):
+    """Return the Step that removes the block of lowest finite score among `alive`, the first of equal ones."""
+    finite = {block: score for block, score in scores.items() if block in alive and math.isfinite(score)}
     if not finite:
         raise NoFiniteCandidate(scores)
     best = min(finite, key=finite.get)
-    return Step(best, finite[best], scores, counts["block"], counts["head"], seconds)
+    return Step(best, finite[best], scores, windows, *clock.read())
 
 
-ENGINES = {"exhaustive": exhaustive}
+def _left(blocks, removed):
+    return [block for block in blocks if block not in removed]
+
+
+def _plan(decoder, blocks, windows, cache_bytes):
+    """Return (Plan, Store) for states of these windows within cache_bytes."""
+    device, host = free_bytes(decoder.input_device)
+    device_bytes = int(DEVICE_SHARE * device)
+    budget = device_bytes + int(HOST_SHARE * host) if cache_bytes is None else cache_bytes
+    probe = decoder.embed(windows[:1]).h
+    plan = Plan(blocks, decoder.n_layers, len(windows) * probe.nbytes, budget)
+    return plan, Store(min(device_bytes, budget))
+
+
+class _Clock:
+    """Counts and seconds since it was made."""
+
+    def __init__(self, decoder):
+        self.decoder, self.before, self.start = decoder, decoder.counts.copy(), time.perf_counter()
+
+    def read(self):
+        counts = self.decoder.counts - self.before
+        return counts["block"], counts["head"], time.perf_counter() - self.start

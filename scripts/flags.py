@@ -65,6 +65,17 @@ def count(text):
     return int(text)
 
 
+def size(text):
+    """argparse type: a number from 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
 def check_folder(folder, flag):
     """Raise ValueError unless files can be written to `folder` once it is made; makes nothing."""
     path = Path(folder).expanduser().absolute()

@@ -345,7 +345,7 @@ def test_local_task_errors(tmp_path):
     }
     with pytest.raises(ValueError, match="'mmlu' has no variant .* use piqa, .* or leave"):
         tasks.local_task("mmlu", tmp_path)
-    with pytest.raises(ValueError, match="nowhere' is not a folder: give one that holds piqa.jsonl"):
+    with pytest.raises(ValueError, match="nowhere' is not a folder: give one that holds piqa"):
         tasks.local_task("piqa", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no arc_easy.jsonl: task arc_easy reads it"):
         tasks.local_task("arc_easy", tmp_path)

@@ -1,0 +1,170 @@
+"""The states of one batch on its way through the decoder, shared between candidates.
+
+All candidates share the base model's states up to the layer of their block. After a removal at layer
+q, whatever was on its way with an earlier block masked is still right up to layer q: such states are
+kept, at the layer boundaries that a memory budget allows, and the next iteration continues from them.
+With n blocks left and the last removal at x = p/n of the depth an iteration costs (1 - x^2)/2 of an
+exhaustive one. What is computed is exactly what a run from the first layer computes, so per-window
+losses are bit-identical to it.
+"""
+from pathlib import Path
+
+import torch
+
+from lib.blocks import KINDS, Block
+
+DEVICE_SHARE = 0.6  # of the memory free on the model's device
+HOST_SHARE = 0.25  # of the host memory available, for what spills from a GPU
+
+
+class Trajectories:
+    """One batch: token ids (B, T), its Stream, and the states kept between iterations."""
+
+    def __init__(self, decoder, ids, plan, store):
+        self.decoder, self.ids, self.plan, self.store = decoder, ids, plan, store
+        self.stream = decoder.embed(ids)
+        self.kept = {}  # block, or None for the base model -> {layer: the state entering it}
+
+    def token_losses(self, candidates, removed):
+        """Yield (block, token losses (B, T-1)) with that block masked on top of `removed`, by depth.
+
+        Only what no kept state covers is computed, and only as deep as a candidate needs it.
+        """
+        decoder, stream = self.decoder, self.stream
+        deepest = max((block.layer for block in candidates), default=-1)
+        x = stream.h
+        for i in range(deepest + 1):
+            mid = None  # between the layer's two blocks, where it has such a state
+            for block in (Block(kind, i) for kind in KINDS):
+                if block not in candidates:
+                    continue
+                start, h = self._resume(block)
+                if h is None:
+                    start, kinds = i + 1, decoder.kinds(i, {*removed, block})
+                    h = decoder.run(i, kinds, x, stream)
+                    if decoder.split[i] and kinds == ("mha",):
+                        mid = h
+                yield block, decoder.token_losses(self._finish(block, start, h, removed), self.ids)
+            if i < deepest:
+                x = self._advance(i, x, mid, removed)
+
+    def removal_at(self, layer):
+        """Forget what a removal in `layer` makes wrong: every state that has passed it."""
+        for states in self.kept.values():
+            for passed in [i for i in states if i > layer]:
+                self.store.drop(states.pop(passed))
+
+    def forget(self, block):
+        """Drop the states of a block that is no candidate any more."""
+        for kept in self.kept.pop(block, {}).values():
+            self.store.drop(kept)
+
+    def _resume(self, block):
+        """Return (layer, state entering it) of the deepest kept state with `block` masked, (None, None) without."""
+        states = self.kept.get(block)
+        if not states:
+            return None, None
+        return max(states), self.store.get(states[max(states)], self.stream.h)
+
+    def _finish(self, block, start, h, removed):
+        """Run layers start.. on h, keeping states where the plan says, and return the last."""
+        for i in range(start, self.decoder.n_layers):
+            if i in self.plan.boundaries:
+                self._keep(block, i, h)
+            h = self.decoder.run(i, self.decoder.kinds(i, removed), h, self.stream)
+        return h
+
+    def _advance(self, i, x, mid, removed):
+        """Return the base model's state entering layer i + 1."""
+        if i + 1 in self.kept.get(None, ()):
+            return self.store.get(self.kept[None][i + 1], self.stream.h)
+        kinds = self.decoder.kinds(i, removed)
+        if mid is not None:
+            kinds, x = tuple(kind for kind in kinds if kind != "mha"), mid
+        h = self.decoder.run(i, kinds, x, self.stream)
+        if self.plan.base:
+            self._keep(None, i + 1, h)
+        return h
+
+    def _keep(self, block, layer, h):
+        states = self.kept.setdefault(block, {})
+        if layer not in states:
+            states[layer] = self.store.put(h)
+
+
+class Plan:
+    """Which states to keep. base: the base model's at every boundary; boundaries: layers where candidates' are kept."""
+
+    def __init__(self, blocks, n_layers, state_bytes, budget):
+        """blocks: candidates; state_bytes: one state of all windows; budget: bytes for all that is kept."""
+        self.base, self.boundaries, self.bytes = False, frozenset(), 0
+        if budget < state_bytes * n_layers:
+            return
+        self.base, self.bytes = True, state_bytes * n_layers
+        chosen = set()
+        while True:
+            options = []
+            for c in set(range(1, n_layers)) - chosen:
+                cost = state_bytes * sum(block.layer < c for block in blocks)
+                if cost and self.bytes + cost <= budget:
+                    gain = _recomputed(chosen, n_layers) - _recomputed(chosen | {c}, n_layers)
+                    options.append((gain / cost, c, cost))
+            if not options:
+                break
+            _, c, cost = max(options)
+            chosen.add(c)
+            self.bytes += cost
+        self.boundaries = frozenset(chosen)
+
+
+def _recomputed(boundaries, n_layers):
+    """Layers run again for want of a boundary, summed over removals in every layer and candidates before it."""
+    total, last = 0, 0
+    for q in range(n_layers):
+        last = q if q in boundaries else last
+        total += last * (q - last) + (q - last) * (q - last + 1) // 2  # candidates before `last`, and after it
+    return total
+
+
+class Store:
+    """Where kept states live: on their own device up to `device_bytes`, beyond that in pinned host memory."""
+
+    def __init__(self, device_bytes):
+        self.room = device_bytes
+
+    def put(self, h):
+        if not h.is_cuda:
+            return h
+        if h.nbytes <= self.room:
+            self.room -= h.nbytes
+            return h
+        return torch.empty(h.shape, dtype=h.dtype, pin_memory=True).copy_(h)
+
+    def get(self, kept, like):
+        return kept.to(like.device, non_blocking=True)
+
+    def drop(self, kept):
+        if kept.is_cuda:
+            self.room += kept.nbytes
+
+
+def free_bytes(device):
+    """Return (bytes free on the device, host bytes available for spilling, 0 where the device is the host)."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], _host_bytes()
+    return _host_bytes(), 0
+
+
+def _host_bytes():
+    """Return available host memory: the kernel's estimate, or what the control group leaves (containers, Slurm)."""
+    available = [
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable")
+    ] if Path("/proc/meminfo").exists() else [4 * 2**30]  # fmt: skip
+    group = Path("/sys/fs/cgroup")
+    try:
+        available.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        pass
+    return max(0, min(available))
