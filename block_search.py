@@ -168,17 +168,21 @@ def describe(args, corpus, windows, n_layers):
 
 def resume(path, meta, overwrite):
     """Return (removals done, meta) of the order file at `path`, ([], meta) where there is none to continue."""
-    from lib.orders import read_order
+    from lib.orders import check_order, read_order
 
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: a folder, where the order file belongs; move it, or give another --ppl-search-path")
     if overwrite or not Path(path).exists():
         return [], meta
     order, old = read_order(path)
     differ = [f"{key} {old.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS if old.get(key) != meta[key]]
-    if differ or len(old["steps"]) != len(order):
-        raise ValueError(
-            f"{path}: exists with other settings ({'; '.join(differ)}); pass --overwrite to replace it, "
-            "or give another --ppl-search-path"
-        )
+    if differ:
+        what = f"with other settings ({'; '.join(differ)})" if old else "and does not say how it was searched"
+        raise ValueError(f"{path}: exists {what}; pass --overwrite to replace it, or give another --ppl-search-path")
+    check_order(order, meta["layers"], path, old)
+    steps = old.get("steps")
+    if not isinstance(steps, list) or len(steps) != len(order):
+        raise ValueError(f"{path}: its meta does not hold one step for each removal; pass --overwrite to replace it")
     old.pop("failed", None)
     return order, old
 

@@ -63,7 +63,7 @@ def main(argv=None):
         )[: args.limit.get(None)]
         model, tokenizer = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         decoder = Decoder(model)
-    searched = Path(meta.get("model", args.model_path)).name
+    searched = Path(str(meta.get("model", args.model_path))).name
     if searched != Path(args.model_path).name:
         print(f"warning: the order was searched on {searched}", file=sys.stderr)
 

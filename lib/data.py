@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from lib.model import hub_error
+
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 
@@ -74,7 +76,8 @@ def load_documents(dataset, split=None, text_column=None, data_dir=None, held_ou
         return _load_pydoc(wanted)
     if data_dir is not None:
         path, of_split = _find_local(dataset, wanted, data_dir, explicit=split is not None)
-        return Corpus(_read_file(path, text_column or "text", known.column), wanted if of_split else None, str(path))
+        columns = (text_column,) if text_column else ("text", known.column)
+        return Corpus(_read_file(path, *columns), wanted if of_split else None, str(path))
     return _load_hub(dataset, known, wanted, text_column)
 
 
@@ -159,24 +162,35 @@ def _find_local(dataset, split, data_dir, explicit):
 
 def _read_file(path, column, other_column=None):
     """Return the documents of a file: a column of its records, or the blank-line-separated parts of a .txt."""
+    if path.suffix == ".parquet":
+        return _parquet_column(path, column, other_column)
     try:
-        if path.suffix == ".txt":
-            return [part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
-        if path.suffix == ".parquet":
-            return _parquet_column(path, column, other_column)
         text = path.read_text(encoding="utf-8")
-        records = [json.loads(s) for s in text.split("\n") if s.strip()] if path.suffix == ".jsonl" else json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        if path.suffix == ".txt":
+            return _texts(path, [part for part in text.split("\n\n") if part.strip()])
+        records = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from None
+    except (json.JSONDecodeError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
-    if isinstance(records, list) and records and all(isinstance(r, str) for r in records):
-        return records
-    if not (isinstance(records, list) and records and all(isinstance(r, dict) for r in records)):
+    if isinstance(records, list) and all(isinstance(r, str) for r in records):
+        return _texts(path, records)
+    if not (isinstance(records, list) and all(isinstance(r, dict) for r in records)):
         raise ValueError(f"{path}: must hold records with a text column, or strings")
     name = _pick_column(path, list(records[0]), column, other_column)
-    wrong = next((i for i, r in enumerate(records) if not isinstance(r.get(name), str)), None)
-    if wrong is not None:
-        raise ValueError(f"{path}: record {wrong + 1} has no text in column {name}")
-    return [r[name] for r in records]
+    return _texts(path, [r.get(name) for r in records], name)
+
+
+def _json_lines(text):
+    """Return the values of JSON lines; an error names the line of the file."""
+    records, start = [], 0
+    for line in text.split("\n"):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise json.JSONDecodeError(error.msg, text, start + error.pos) from None
+        start += len(line) + 1
+    return records
 
 
 def _parquet_column(path, column, other_column):
@@ -188,9 +202,20 @@ def _parquet_column(path, column, other_column):
 
     try:
         name = _pick_column(path, pyarrow.parquet.read_schema(path).names, column, other_column)
-        return pyarrow.parquet.read_table(path, columns=[name])[name].to_pylist()
-    except pyarrow.ArrowException as error:
+        values = pyarrow.parquet.read_table(path, columns=[name])[name].to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+    return _texts(path, values, name)
+
+
+def _texts(path, values, name="text"):
+    """Return `values`, all strings; raise ValueError where one is none, or there are none at all."""
+    wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: record {wrong + 1} has no text in column {name}")
+    if not values:
+        raise ValueError(f"{path}: holds no text")
+    return values
 
 
 def _pick_column(path, names, column, other_column=None):
@@ -208,6 +233,7 @@ def _load_hub(dataset, known, split, text_column):
             f"--cal-dataset {dataset}: needs the datasets package, or --data-dir with a local copy"
         ) from None
     derived = dataset == "alpaca"  # published as one split; the paper's is a tenth of it
+    hub_error()  # without a hub only what is cached: asking for more would take half a minute
     try:
         rows = datasets.load_dataset(*known.hub, split="train" if derived else split, **known.kwargs)
     except Exception as error:  # offline, gated, gone: every layer below raises classes of its own

@@ -6,13 +6,21 @@ weight is read; a checkpoint that would leave weights at random values is refuse
     model, tokenizer = load_model("models/Llama-2-7b-hf", "bf16", "cuda")
 """
 import contextlib
+import functools
 import logging
+import sys
 from pathlib import Path
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth")
+HINTS = {  # what to do where a part of a model cannot be read
+    "configuration": "config.json must be of a model that this transformers knows; copy or download it again",
+    "tokenizer": "tokenizer.json, or tokenizer.model, and tokenizer_config.json belong beside the weights",
+    "weights": "a file is cut short or damaged: copy or download it again",
+    "gguf": "the file is cut short, or of an architecture that this transformers cannot convert: give the model's folder",
+}
 
 
 def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False):
@@ -28,6 +36,7 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False):
     where, gguf = locate(path)
     config = load_config(path, trust_remote_code)
     kwargs = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
+    kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
     device_map = _device_map(config, dtype, device, trust_remote_code)
     if device_map is not None:
         kwargs["device_map"] = device_map
@@ -37,6 +46,13 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False):
         kwargs["config"] = config
     with _readable(path, "weights"), _quiet():
         model, info = AutoModelForCausalLM.from_pretrained(where, **kwargs)
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, there, wanted = mismatched[0]
+        raise ValueError(
+            f"--model-path {path}: {len(mismatched)} weights have another shape than config.json says ({name}: "
+            f"{tuple(there)} there, {tuple(wanted)} wanted); give a checkpoint and the config.json it was saved with"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -151,10 +167,10 @@ def _check_hub(name):
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError
 
     try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-            _checked_hub.add(name)
-            return
-        huggingface_hub.model_info(name, timeout=10)
+        cached = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+        unreachable = hub_error()
+        if not cached and not unreachable:
+            huggingface_hub.model_info(name, timeout=10)
     except HFValidationError:
         raise ValueError(f"--model-path {name}: no such folder, and not a hub id (owner/name)") from None
     except GatedRepoError:
@@ -167,14 +183,36 @@ def _check_hub(name):
             f"--model-path {name}: no such folder, and the hub answered {status}; check the name or log in"
         ) from None
     except Exception as error:  # the HTTP client's own connection errors have changed class over versions
+        unreachable = type(error).__name__
+    if unreachable and not cached:
         raise ValueError(
-            f"--model-path {name}: no such folder here, and the hub cannot be reached ({type(error).__name__}); "
-            f"give a local path: a folder with config.json, tokenizer and *.safetensors, or a .gguf file"
-        ) from None
+            f"--model-path {name}: no such folder here, and the hub cannot be reached ({unreachable}); "
+            "give a local path: a folder with config.json, tokenizer and *.safetensors, or a .gguf file"
+        )
     _checked_hub.add(name)
 
 
 _checked_hub = set()
+
+
+@functools.cache
+def hub_error():
+    """Return None where the hub answers, else the name of the error; asked once.
+
+    Without a hub this process goes offline, as HF_HUB_OFFLINE=1 would: cached files are still found,
+    and the libraries do not ask for each of them six times, half a minute long.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # as above
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:  # it copies the setting when imported
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        return type(error).__name__
+    return None
 
 
 @contextlib.contextmanager
@@ -185,12 +223,13 @@ def _readable(path, what):
     except (torch.cuda.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        hint = HINTS["gguf" if str(path).endswith(".gguf") else what]
         if "trust_remote_code" in str(error):
-            lines = ["it runs code of its own; read that code, then pass --trust-remote-code"]
-        raise ValueError(
-            f"--model-path {path}: cannot read its {what}: {type(error).__name__}: {lines[0][:300]}"
-        ) from error
+            reason, hint = "it runs code of its own", "read that code, then pass --trust-remote-code"
+        elif isinstance(error, ImportError):
+            hint = "install what it asks for"
+        raise ValueError(f"--model-path {path}: cannot read its {what} ({reason}); {hint}") from error
 
 
 @contextlib.contextmanager

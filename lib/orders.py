@@ -8,15 +8,17 @@ import json
 import math
 import os
 from pathlib import Path
+from reprlib import repr as brief
 
 from lib.blocks import KINDS, Block
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples):
     """Return the reference's file name: <model>_<type>_<dataset>_ns_<n>_del_order_list.json."""
-    model = Path(model_path).stem if str(model_path).endswith(".gguf") else Path(model_path).name
+    name = os.path.basename(os.path.abspath(model_path))  # "." and ".." have a name too
+    model = Path(name).stem if name.endswith(".gguf") else name
     data = Path(dataset).stem if Path(dataset).suffix else dataset
-    return Path(folder) / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
+    return Path(folder).expanduser() / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
 
 
 def read_order(path):
@@ -24,22 +26,25 @@ def read_order(path):
 
     Raises ValueError, one line, where the file is not one.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such order file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no text and no JSON are ValueErrors
         raise ValueError(f"{path}: not a readable JSON order file ({error}); search again to write a new one") from None
     if not isinstance(entries, dict):
         raise ValueError(f'{path}: not an order file: expected {{"1": [["mha", 25]], ...}}')
     meta = entries.pop("meta", {})
+    if not isinstance(meta, dict):
+        raise ValueError(f'{path}: "meta" holds {brief(meta)}; expected {{...}}, or no "meta" at all')
     order = []
     for k in range(1, len(entries) + 1):
         if str(k) not in entries:
             raise ValueError(f'{path}: {len(entries)} entries but no "{k}"; they must be numbered from 1')
-        new = _parse(path, k, entries[str(k)]) - set(order)
-        if len(new) != 1 or len(entries[str(k)]) != k:
+        blocks = _parse(path, k, entries[str(k)])
+        new = blocks - set(order)
+        if len(new) != 1 or len(blocks) != k or len(entries[str(k)]) != k:
             raise ValueError(f'{path}: entry "{k}" must add exactly one block to entry "{k - 1}"')
         order += new
     if not order and not meta:
@@ -51,10 +56,13 @@ def check_order(order, n_layers, path, meta=()):
     """Raise ValueError unless every block of the order exists in a model of n_layers layers."""
     searched = dict(meta).get("layers", n_layers)
     if searched != n_layers:
-        raise ValueError(f"{path}: made for a model of {searched} layers; this one has {n_layers}")
+        raise ValueError(f"{path}: made for a model of {brief(searched)} layers; this one has {n_layers}")
     for block in order:
         if block.layer >= n_layers:
-            raise ValueError(f"{path}: {block} does not exist in a model of {n_layers} layers (0..{n_layers - 1})")
+            raise ValueError(
+                f"{path}: {block.kind} {brief(block.layer)} does not exist in a model of {n_layers} layers "
+                f"(0..{n_layers - 1}); give the order of this model"
+            )
 
 
 def save_order(path, order, meta):
@@ -67,7 +75,7 @@ def save_order(path, order, meta):
 
 def write_json(path, value):
     """Write JSON under a temporary name beside `path`, then rename it: a crash leaves the old file. Makes the folder."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -108,11 +116,11 @@ def _parse(path, k, entry):
     blocks = set()
     for item in entry if isinstance(entry, list) else [entry]:
         if not (isinstance(item, list) and len(item) == 2):
-            raise ValueError(f'{path}: entry "{k}" holds {item!r}; expected a pair like ["mha", 25]')
+            raise ValueError(f'{path}: entry "{k}" holds {brief(item)}; expected a pair like ["mha", 25]')
         kind, layer = item
         if kind not in KINDS:
-            raise ValueError(f'{path}: entry "{k}" has block type {kind!r}; allowed are {" and ".join(KINDS)}')
+            raise ValueError(f'{path}: entry "{k}" has block type {brief(kind)}; allowed are {" and ".join(KINDS)}')
         if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-            raise ValueError(f'{path}: entry "{k}" has layer {layer!r}; allowed are whole numbers from 0')
+            raise ValueError(f'{path}: entry "{k}" has layer {brief(layer)}; allowed are whole numbers from 0')
         blocks.add(Block(kind, layer))
     return blocks

@@ -25,10 +25,10 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def user_errors(self):
-        """Within this context a ValueError of the library is the user's to mend."""
+        """Within this context a ValueError of the library, or a file that the system refuses, is the user's to mend."""
         try:
             yield
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self.error(error)
 
 
@@ -66,12 +66,12 @@ def count(text):
 
 
 def size(text):
-    """argparse type: a number from 0."""
+    """argparse type: a finite number from 0."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not value >= 0:
+    if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
     return value
 

@@ -24,7 +24,7 @@ fi
 read -ra search_flags <<<"${SEARCH_FLAGS:-}"
 read -ra eval_flags <<<"${EVAL_FLAGS:-}"
 python=${PYTHON:-$root/.venv/bin/python}
-command -v "$python" >/dev/null || python=python3
+[[ -n ${PYTHON:-} || -x $python ]] || python=python3
 
 name=$(basename "$model" .gguf)_mix_alpaca_ns_256
 "$python" "$root/block_search.py" --model-path "$model" --del-block-num "$K" --block-type mix \

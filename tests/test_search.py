@@ -1,0 +1,216 @@
+"""The engines against a brute-force search by plain forward passes, and against each other, bit for bit."""
+import math
+import random
+
+import pytest
+import torch
+from families import TOYS, V, toy
+
+from lib.blocks import Block, Decoder
+from lib.evaluate import perplexity, window_losses
+from lib.search import NoFiniteCandidate, cached, exhaustive, race
+from lib.trajectories import Plan, Store, Trajectories
+
+EVERY = [*TOYS, "baichuan"]
+WINDOWS = torch.randint(V, (5, 24), generator=torch.Generator().manual_seed(1))
+STATE = WINDOWS.numel() * 32 * 4  # bytes of one state of all windows, hidden size 32, float32
+
+
+def brute_force(model, kinds, K):
+    """The paper's loop with nothing of lib.search: o_proj and down_proj zeroed, plain forwards, torch's loss."""
+    def score(removed):
+        saved = []
+        for kind, i in removed:
+            layer = model.model.layers[i]
+            weight = layer.self_attn.o_proj.weight if kind == "mha" else layer.mlp.down_proj.weight
+            saved.append((weight, weight.data.clone()))
+            weight.data.zero_()
+        with torch.inference_mode():
+            logits = model(input_ids=WINDOWS, use_cache=False).logits.double()
+        for weight, data in saved:
+            weight.data.copy_(data)
+        means = [torch.nn.functional.cross_entropy(x[:-1], ids[1:]) for x, ids in zip(logits, WINDOWS, strict=True)]
+        return math.exp(sum(means) / len(means))
+
+    removed, steps = [], []
+    for _ in range(K):
+        scores = {}
+        for kind in kinds:
+            for i in range(3):
+                if (kind, i) not in removed:
+                    scores[kind, i] = score([*removed, (kind, i)])
+        removed.append(min(scores, key=scores.get))
+        steps.append((removed[-1], scores))
+    return steps
+
+
+@pytest.mark.parametrize("block_type", ["mix", "mha", "mlp"])
+def test_the_search_is_the_papers_by_brute_force(block_type):
+    model = toy("llama")
+    decoder = Decoder(model)
+    K = 6 if block_type == "mix" else 3
+    expected = brute_force(model, ("mha", "mlp") if block_type == "mix" else (block_type,), K)
+    for engine in (exhaustive, cached):
+        steps = list(engine(decoder, decoder.blocks(block_type), WINDOWS, K, batch_size=2))
+        assert [tuple(s.block) for s in steps] == [block for block, _ in expected]
+        for step, (block, scores) in zip(steps, expected, strict=True):
+            assert {tuple(b): s for b, s in step.scores.items()} == pytest.approx(scores, rel=1e-5)
+            assert step.perplexity == step.scores[Block(*block)]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_cached_is_exhaustive_bit_for_bit_whatever_the_budget(name):
+    decoder = Decoder(toy(name))
+    for block_type, K in (("mix", 5), ("mha", 3), ("mlp", 2)):
+        blocks = decoder.blocks(block_type)
+        expected = list(exhaustive(decoder, blocks, WINDOWS, K, batch_size=2))
+        forwards = []
+        # nothing kept; the base model's states; some candidates'; all
+        for budget in (0, 3 * STATE, 6 * STATE, 10**9):
+            steps = list(cached(decoder, blocks, WINDOWS, K, batch_size=2, cache_bytes=budget))
+            assert [s.scores for s in steps] == [s.scores for s in expected]
+            assert [s.block for s in steps] == [s.block for s in expected]
+            assert [list(s.scores) for s in steps] == [list(s.scores) for s in expected], "ties: order of candidates"
+            forwards.append(sum(s.block_forwards for s in steps))
+        assert forwards == sorted(forwards, reverse=True), "more memory, fewer forwards"
+        assert forwards[0] < sum(s.block_forwards for s in expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "falcon-7b", "mixtral"])
+def test_window_losses_stay_identical_through_random_removals(name):
+    """A property: whatever is removed in whatever order, under whatever plan, losses equal a run from scratch."""
+    decoder = Decoder(toy(name))
+    for seed in range(6):
+        rng = random.Random(seed)
+        blocks, removed = decoder.blocks(), []
+        plan = Plan(blocks, decoder.n_layers, STATE, budget=rng.choice([0, 5, 12, 20, 1000]) * STATE)
+        batches = [Trajectories(decoder, ids, plan, Store(0)) for ids in WINDOWS.split(2)]
+        for _ in range(rng.randint(2, len(blocks) - 1)):
+            left = [b for b in blocks if b not in removed]
+            alive = rng.sample(left, rng.randint(1, len(left)))  # the race drops candidates
+            losses = {block: [] for block in alive}
+            for batch in batches:
+                for block, token_losses in batch.token_losses(alive, removed):
+                    losses[block].append(token_losses.double().sum(1))
+            for block in alive:
+                expected = window_losses(decoder, WINDOWS, 2, masked={*removed, block})
+                assert torch.equal(torch.cat(losses[block]), expected), (seed, removed, block)
+            removed.append(rng.choice(left))
+            for batch in batches:
+                batch.removal_at(removed[-1].layer)
+                batch.forget(removed[-1])
+
+
+def test_kept_states_stay_within_the_budget():
+    decoder = Decoder(toy("llama", num_hidden_layers=6))
+    for budget in (0, 7 * STATE, 20 * STATE, 31 * STATE, 10**9):
+        plan = Plan(decoder.blocks(), 6, STATE, budget)
+        batches = [Trajectories(decoder, ids, plan, Store(0)) for ids in WINDOWS.split(2)]
+        removed = []
+        for block in (Block("mlp", 4), Block("mha", 1), Block("mha", 5)):
+            for batch in batches:
+                left = [b for b in decoder.blocks() if b not in removed]
+                list(batch.token_losses(left, removed))
+            kept = sum(h.nbytes for batch in batches for states in batch.kept.values() for h in states.values())
+            assert kept <= plan.bytes <= budget
+            removed.append(block)
+            for batch in batches:
+                batch.removal_at(block.layer)
+                batch.forget(block)
+        assert kept > 0 or budget < 6 * STATE
+
+
+def test_an_iteration_costs_what_the_formula_says():
+    """With everything kept: (1 - x^2)/2 of the exhaustive iteration, x the depth of the last removal."""
+    decoder = Decoder(toy("llama", num_hidden_layers=24))
+    plan = Plan(decoder.blocks(), 24, STATE, 10**9)
+    for q in (2, 12, 20):
+        batch = Trajectories(decoder, WINDOWS, plan, Store(0))
+        list(batch.token_losses(decoder.blocks(), []))
+        removed = [Block("mha", q)]
+        batch.removal_at(q)
+        batch.forget(removed[0])
+        decoder.counts.clear()
+        list(batch.token_losses([b for b in decoder.blocks() if b not in removed], removed))
+        n = 47  # blocks left; exhaustive: each of them masked, the other 46 run
+        share = decoder.counts["block"] / len(WINDOWS) / (n * (n - 1))
+        x = 2 * q / n
+        assert share == pytest.approx((1 - x**2) / 2, abs=0.03)
+
+
+def test_race_without_confidence_bound_is_exhaustive():
+    for name in ("llama", "gpt-neox", "bloom"):
+        decoder = Decoder(toy(name))
+        expected = list(exhaustive(decoder, decoder.blocks(), WINDOWS, 5, batch_size=2))
+        steps = list(race(decoder, decoder.blocks(), WINDOWS, 5, batch_size=2, confidence=math.inf))
+        assert [(s.block, s.perplexity, s.scores) for s in steps] == [
+            (s.block, s.perplexity, s.scores) for s in expected
+        ]
+
+
+def test_race_skips_what_it_drops():
+    decoder = Decoder(toy("llama"))
+    blocks = decoder.blocks()
+    windows = torch.randint(V, (12, 24), generator=torch.Generator().manual_seed(2))
+    everything = list(cached(decoder, blocks, windows, 3, batch_size=1))
+    raced = list(race(decoder, blocks, windows, 3, batch_size=1, confidence=1.0))
+    for step in raced:
+        assert step.head_forwards == sum(step.windows.values()), "a head forward for each window seen, no more"
+        assert step.windows[step.block] == len(windows), "the winner has seen every window"
+        assert min(step.windows.values()) < len(windows)
+    assert sum(s.block_forwards for s in raced) < sum(s.block_forwards for s in everything)
+    # the survivors' scores are the exact ones while the same blocks are gone
+    survivors = [b for b, seen in raced[0].windows.items() if seen == len(windows)]
+    for block in survivors:
+        assert raced[0].scores[block] == everything[0].scores[block]
+
+
+@pytest.mark.parametrize("engine", [exhaustive, cached])
+def test_resuming_is_passing_what_is_done(engine):
+    decoder = Decoder(toy("llama"))
+    whole = list(engine(decoder, decoder.blocks(), WINDOWS, 5, batch_size=2))
+    rest = list(engine(decoder, decoder.blocks(), WINDOWS, 5, [s.block for s in whole[:2]], 2))
+    assert [(s.block, s.scores) for s in rest] == [(s.block, s.scores) for s in whole[2:]]
+    assert list(engine(decoder, decoder.blocks(), WINDOWS, 2, [s.block for s in whole[:3]], 2)) == []
+
+
+@pytest.mark.parametrize("engine", [exhaustive, cached, race])
+def test_a_candidate_that_is_not_finite_never_wins(engine):
+    model = toy("llama")
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(math.nan)
+    decoder = Decoder(model)
+    step = next(iter(engine(decoder, decoder.blocks(), WINDOWS, 1, batch_size=2)))
+    assert step.block == Block("mlp", 1), "the only candidate without the NaN"
+    assert math.isfinite(step.perplexity)
+    assert sum(math.isnan(s) for s in step.scores.values()) == 5
+
+
+@pytest.mark.parametrize("engine", [exhaustive, cached, race])
+def test_when_no_candidate_is_finite_the_search_says_so(engine):
+    model = toy("llama")
+    decoder = Decoder(model)
+    model.model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(NoFiniteCandidate) as caught:
+        next(iter(engine(decoder, decoder.blocks(), WINDOWS, 1, batch_size=2)))
+    assert len(caught.value.scores) == 6
+
+
+def test_perplexity_is_the_exponential_of_the_mean_token_loss():
+    losses = torch.tensor([3.0, 5.0], dtype=torch.float64)
+    assert perplexity(losses, 5) == pytest.approx(math.exp(8 / 8))
+    assert perplexity(losses * 1e6, 5) == math.inf
+    assert math.isnan(perplexity(losses * math.nan, 5))
+
+
+def test_a_target_that_equals_the_padding_token_counts():
+    """The reference skips it; windows are cut from unpadded text, so here it is a token like any other."""
+    model = toy("llama")
+    model.config.pad_token_id = 7
+    windows = WINDOWS.clone()
+    windows[:, 5] = 7
+    with torch.inference_mode():
+        logits = model(input_ids=windows, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2).double(), windows[:, 1:], reduction="none"
+    ).sum(1)
+    torch.testing.assert_close(window_losses(Decoder(model), windows, 2), expected, rtol=1e-5, atol=1e-5)
