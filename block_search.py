@@ -50,7 +50,7 @@ def main(argv=None):
     from lib import data, orders
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
-    from lib.model import default_device, load_model, load_tokenizer, parameter_count
+    from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
     from lib.search import ENGINES, NoFiniteCandidate
 
     args.device = args.device or default_device()
@@ -59,22 +59,27 @@ def main(argv=None):
     )
     with parser.user_errors():  # everything that can fail fails before weights are read
         n_layers = check(args)
-        corpus = data.load_documents(
-            args.cal_dataset, args.cal_split, args.text_column, args.data_dir
-        )
+        corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
         documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
         windows = data.cut_windows(
             documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
         )
         meta = describe(args, corpus, windows, n_layers)
         order, meta = resume(path, meta, args.overwrite)
+        n = args.del_block_num
+        if len(order) >= n > 0 and not args.dry_run:
+            print(f"nothing to do: {path} holds {len(order)} removals searched with these settings")
+            print_summary(path, order[:n], meta)
+            return
         model, _ = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        flags.check_tokens(windows, model)
         decoder = Decoder(model)
     blocks = decoder.blocks(args.block_type)
-    n = args.del_block_num
     evaluations = sum(len(blocks) - k for k in range(len(order), n))
     print(f"model         {args.model_path}: {parameter_count(model):,} parameters, {n_layers} layers")
     print(f"compute       {args.device}, {args.compute_dtype}, engine {args.search}")
+    if note := dtype_note(args.device, args.compute_dtype):
+        print(f"note          {note}")
     print(f"calibration   {meta['documents']} documents of {corpus.source} ({corpus.split or 'whole file'}), "
           f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
     print(f"search        {n} of {len(blocks)} {args.block_type} blocks, {evaluations:,} evaluations -> {path}")
@@ -84,18 +89,20 @@ def main(argv=None):
     start = time.perf_counter()
     dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     seconds = time.perf_counter() - start
+    print(f"dense         perplexity {dense:.4f}, one evaluation takes {seconds:.2f} s")
     if args.dry_run:
-        print(f"dense         perplexity {dense:.4f}, one evaluation took {seconds:.2f} s")
-        print(f"estimate      {timedelta(seconds=round(seconds * evaluations))} for the whole search; nothing written")
+        # sharing the layers before each candidate alone halves them; kept states save more
+        estimate = seconds * evaluations * (1 if args.search == "exhaustive" else 0.5)
+        less = "" if args.search == "exhaustive" else " or less"
+        print(f"estimate      {timedelta(seconds=round(estimate))}{less} for the whole search; nothing written")
         print(orders.to_json({
             "dry_run": True, "blocks": len(blocks), "windows": len(windows), "tokens": windows.numel(),
-            "evaluations": evaluations, "estimated_seconds": seconds * evaluations, "dense_perplexity": dense,
+            "evaluations": evaluations, "estimated_seconds": estimate, "dense_perplexity": dense,
         }))  # fmt: skip
         return
     if not math.isfinite(dense):
         print(f"warning: the dense model's perplexity is {dense}; try --compute-dtype fp32", file=sys.stderr)
     meta["dense_perplexity"] = dense
-    print(f"dense         perplexity {dense:.4f}")
 
     total = parameter_count(model)
     with progress(evaluations * len(windows)) as bar:
@@ -109,9 +116,9 @@ def main(argv=None):
         try:
             for step in engine:
                 order.append(step.block)
-                meta["steps"].append(step._asdict())
-                orders.save_order(path, order, meta)
                 ratio = 100 * decoder.block_parameters(order) / total
+                meta["steps"].append({**step._asdict(), "removed_percent": ratio})
+                orders.save_order(path, order, meta)
                 bar.write(f"{len(order):4d}/{n}  {step.block!s:6s}  perplexity {step.perplexity:12.4f}"
                           f"  removed {ratio:6.2f} %  {step.seconds:7.1f} s")  # fmt: skip
                 bad = [str(b) for b, s in step.scores.items() if not math.isfinite(s)]
@@ -123,11 +130,18 @@ def main(argv=None):
             bar.close()
             sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
                      f"are in {path}; try --compute-dtype fp32")  # fmt: skip
-    steps = meta["steps"][:n]  # the file may hold more than was asked for
-    print(orders.to_json({
-        "order_file": str(path), "order": [str(b) for b in order[:n]], "dense_perplexity": dense,
-        "perplexity": steps[-1]["perplexity"] if steps else dense,
-        "removed_percent": 100 * decoder.block_parameters(order[:n]) / total,
+    print_summary(path, order, meta)
+
+
+def print_summary(path, order, meta):
+    """Print the one line for machines: what the order file holds of these removals."""
+    from lib.orders import to_json
+
+    steps = meta["steps"][: len(order)]
+    last = steps[-1] if steps else {"perplexity": meta["dense_perplexity"], "removed_percent": 0.0}
+    print(to_json({
+        "order_file": str(path), "order": [str(b) for b in order], "dense_perplexity": meta["dense_perplexity"],
+        "perplexity": last["perplexity"], "removed_percent": last["removed_percent"],
         "seconds": sum(step["seconds"] for step in steps),
     }))  # fmt: skip
 
@@ -162,7 +176,8 @@ def describe(args, corpus, windows, n_layers):
         "tokens": windows.numel(), "batch_size": args.ppl_eval_batch_size,
         "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "dtype": args.compute_dtype,
         "device": args.device, "engine": args.search, "approximate": args.search == "race",
-        "race_confidence": args.race_confidence if args.search == "race" else None, "versions": flags.versions(), "steps": [],
+        "race_confidence": args.race_confidence if args.search == "race" else None, "versions": flags.versions(),
+        "steps": [],
     }  # fmt: skip
 
 
@@ -193,8 +208,8 @@ class progress:
     def __init__(self, total):
         from tqdm import tqdm
 
-        seconds = 0.1 if sys.stderr.isatty() else 60  # a log file gets a line a minute
-        self.bar = tqdm(total=total, unit="window", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=seconds)
+        every = 0.1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
+        self.bar = tqdm(total=total, unit="window", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=every)
         self.scores = {}
 
     def advance(self, block, windows, score):

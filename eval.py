@@ -23,7 +23,7 @@ def parse_args(argv=None):
     parser.add_argument("--do-eval", action="store_true", help="also run the zero-shot tasks (lm-eval)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of --do-eval",
                         default=["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"])  # fmt: skip
-    parser.add_argument("--task-data", help="folder with the five tasks' .jsonl files, instead of the hub", default=None)
+    parser.add_argument("--task-data", default=None, help="folder with the five tasks' .jsonl files; else the hub")
     parser.add_argument("--num-fewshot", type=flags.count, default=0, help="examples in each task's prompt")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="requests per forward in tasks")
     parser.add_argument("--limit", nargs="+", metavar="[TASK=]N", type=limit, default=[],
@@ -47,7 +47,7 @@ def main(argv=None):
     from lib import data, orders, tasks
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
-    from lib.model import default_device, load_model, load_tokenizer, parameter_count
+    from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
 
     args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
@@ -62,6 +62,7 @@ def main(argv=None):
             documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
         )[: args.limit.get(None)]
         model, tokenizer = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        flags.check_tokens(windows, model)
         decoder = Decoder(model)
     searched = Path(str(meta.get("model", args.model_path))).name
     if searched != Path(args.model_path).name:
@@ -74,6 +75,8 @@ def main(argv=None):
     label = "NOT A RESULT, --limit: " + " ".join(f"{k or 'all'}={v}" for k, v in args.limit.items())
     label = label if args.limit else None
     print(f"model         {args.model_path}, {args.device}, {args.compute_dtype}")
+    if note := dtype_note(args.device, args.compute_dtype):
+        print(f"note          {note}")
     print(f"text          {corpus.source} ({corpus.split or 'whole file'}), "
           f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
     if label:
@@ -132,6 +135,7 @@ def check(args):
         raise ValueError(f"--del-block-num {args.del_block_num}: which blocks? give the order with --ppl-search-file")
     if args.do_eval:
         tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
+        check_task_cache(args.tasks, args.task_data)
     unknown = set(args.limit) - {None, *args.tasks}
     if unknown:
         raise ValueError(f"--limit {unknown.pop()}=...: not among --tasks {' '.join(args.tasks)}")
@@ -141,9 +145,27 @@ def check(args):
         flags.check_folder(Path(args.output_path).parent, "--output-path")
     bare = skeleton(args.model_path, args.trust_remote_code)
     flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    n_layers = len(find_layers(bare))
     if args.ppl_search_file:
-        check_order(order, len(find_layers(bare)), args.ppl_search_file, meta)
+        check_order(order, n_layers, args.ppl_search_file, meta)
     return order[: args.del_block_num], meta
+
+
+def check_task_cache(names, task_data):
+    """Raise ValueError where a task's rows are neither local, nor on a hub in reach, nor cached."""
+    from lib import tasks
+    from lib.model import hub_error
+
+    if task_data is not None or not hub_error():
+        return
+    for name in names:
+        try:
+            tasks.task_manager(hub=True).load([name])
+        except ConnectionError:
+            raise ValueError(
+                f"--tasks {name}: its rows are not cached and the hub cannot be reached ({hub_error()}); "
+                "fetch them where there is a network, or give --task-data, a folder with the five tasks' .jsonl files"
+            ) from None
 
 
 def print_table(result, label):
@@ -160,9 +182,7 @@ def print_table(result, label):
         rows.append(["dense", "0.00", f"{result['dense_perplexity']:.2f}", *("-" for _ in cells)])
     name = f"{len(result['removed'])} blocks removed" if result["removed"] else "dense"
     rows.append([name, f"{result['pruning_ratio_percent']:.2f}", f"{result['perplexity']:.2f}", *cells])
-    widths = [max(len(row[c]) for row in rows) for c in range(len(titles))]
-    for row in rows:
-        print("  ".join(f"{cell:>{w}}" if c else f"{cell:<{w}}" for c, (cell, w) in enumerate(zip(row, widths))))
+    flags.print_aligned(rows)
     if label:
         print(label)
 

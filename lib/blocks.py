@@ -107,7 +107,7 @@ class Decoder:
     own logits bit for bit, and masking both blocks of a layer must make it the identity. Raises
     ValueError naming the layer class where a model is unknown or fails.
 
-    counts["block"], counts["head"]: forwards done so far, in windows times blocks, and windows.
+    counts: forwards done so far of "mha" and "mlp" blocks and of the "head", each in windows.
     split[i]: whether layer i is its attention step followed by its MLP step, bit for bit, so that
     the state between the two exists (not so where the branches are parallel).
     """
@@ -155,7 +155,8 @@ class Decoder:
         """Return h (B, T, H) after layer i with only the blocks of `kinds` on; the input is left as it is."""
         if not kinds:
             return h
-        self.counts["block"] += len(kinds) * len(h)
+        for kind in kinds:
+            self.counts[kind] += len(h)
         args, kwargs = stream.calls[i]
         with self._layer_masked(i, [kind for kind in KINDS if kind not in kinds]):
             return _tensor(self.layers[i](h, *args, **kwargs))
@@ -269,7 +270,7 @@ class Decoder:
                 layer.forward = forward_of(i)
             yield
         finally:
-            for layer, forward in zip(self.layers, before):
+            for layer, forward in zip(self.layers, before, strict=True):
                 if forward is None:
                     del layer.forward
                 else:

@@ -10,16 +10,17 @@ import functools
 import logging
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "consolidated*.pth")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 HINTS = {  # what to do where a part of a model cannot be read
     "configuration": "config.json must be of a model that this transformers knows; copy or download it again",
     "tokenizer": "tokenizer.json, or tokenizer.model, and tokenizer_config.json belong beside the weights",
-    "weights": "a file is cut short or damaged: copy or download it again",
-    "gguf": "the file is cut short, or of an architecture that this transformers cannot convert: give the model's folder",
+    "weights": "a file is missing, cut short or damaged: copy or download it again",
+    "gguf": "it is cut short, or of an architecture that this transformers cannot convert: give the model's folder",
 }
 
 
@@ -134,6 +135,16 @@ def check_device(device):
         raise ValueError(f"--device {device}: {torch.cuda.device_count()} GPU(s) visible, numbered from 0")
 
 
+def dtype_note(device, dtype):
+    """Return a line for the user where half precision is emulated on this CPU, slower than fp32; else None."""
+    if str(device) != "cpu" or dtype not in ("bf16", "fp16"):
+        return None
+    native = "_is_amx_tile_supported", "_is_avx512_bf16_supported" if dtype == "bf16" else "_is_amx_fp16_supported"
+    if any(getattr(torch.cpu, name, lambda: True)() for name in native):
+        return None
+    return f"this CPU computes {dtype} without instructions of its own; --compute-dtype fp32 is likely faster here"
+
+
 def locate(path):
     """Return (folder or hub id, gguf file name or None) for transformers' from_pretrained.
 
@@ -223,7 +234,7 @@ def _readable(path, what):
     except (torch.cuda.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        reason = f"{type(error).__name__}: {shorten(str(error), 250, placeholder=' ...')}"
         hint = HINTS["gguf" if str(path).endswith(".gguf") else what]
         if "trust_remote_code" in str(error):
             reason, hint = "it runs code of its own", "read that code, then pass --trust-remote-code"
@@ -238,15 +249,34 @@ def _quiet():
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
+    hf_logging.set_verbosity(logging.CRITICAL)
     hf_logging.disable_progress_bar()
     logging.getLogger("gguf").setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        stack.callback(hf_logging.set_verbosity, level)
+        if bars:
+            stack.callback(hf_logging.enable_progress_bar)
+        if not sys.stderr.isatty():  # in a log file the GGUF reader's bar, which knows no switch, is one endless line
+            stack.enter_context(_without_bar("transformers.modeling_gguf_pytorch_utils"))
+        yield
+
+
+@contextlib.contextmanager
+def _without_bar(module_name):
+    """Disable the tqdm bars of one module."""
+    import importlib
+
+    try:
+        module = importlib.import_module(module_name)
+        tqdm = module.tqdm
+    except (ImportError, AttributeError):
+        yield
+        return
+    module.tqdm = functools.partial(tqdm, disable=True)
     try:
         yield
     finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
+        module.tqdm = tqdm
 
 
 def _dequantise():

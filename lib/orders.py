@@ -74,7 +74,7 @@ def save_order(path, order, meta):
 
 
 def write_json(path, value):
-    """Write JSON under a temporary name beside `path`, then rename it: a crash leaves the old file. Makes the folder."""
+    """Write JSON under a temporary name beside `path`, then rename it: a crash leaves the old file."""
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -94,6 +94,23 @@ def check_seqlen(config, seqlen):
         raise ValueError(f"--ppl-eval-seqlen {seqlen}: the model has {most} positions; use 2..{most}")
 
 
+def check_tokens(windows, model):
+    """Raise ValueError where the tokenizer has tokens that the model does not know."""
+    most = model.get_input_embeddings().weight.shape[0]
+    if windows.max() >= most:
+        raise ValueError(
+            f"--model-path {model.config.name_or_path}: its tokenizer gives token {windows.max()}, the model knows "
+            f"0..{most - 1}; put the model's own tokenizer beside the weights"
+        )
+
+
+def print_aligned(rows):
+    """Print rows of strings in columns, the first to the left and the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]))
+
+
 def versions():
     """Return the versions that decide numbers, for result files."""
     import platform

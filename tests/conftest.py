@@ -1,8 +1,13 @@
+import logging
 import os
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from command_line import SMALL, Run, assert_refused, flags, shell, tree
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # lib/ and the scripts are imported from the checkout
@@ -47,3 +52,106 @@ def byte_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """60 documents of some 60 bytes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    documents = [f"Document {i}: {i * 37 % 101} quick foxes jump over {i * 7} lazy dogs and back." for i in range(60)]
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture
+def call(capfd, tmp_path, monkeypatch):
+    """Return a function that runs main() here, as a process of its own would end: (main, *words) -> Run."""
+    monkeypatch.chdir(tmp_path)  # whatever a default path would write shows up
+
+    def run(main, *words):
+        code, threads = 0, torch.get_num_threads()
+        capfd.readouterr()
+        torch.set_num_threads(1)  # as shell(): sums in another order would be other numbers
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            warnings.simplefilter("always", FutureWarning)
+            for name in ("transformers", "huggingface_hub"):
+                for handler in logging.getLogger(name).handlers:
+                    if type(handler) is logging.StreamHandler:  # made at import, for the stderr of then
+                        monkeypatch.setattr(handler, "stream", sys.stderr)
+            try:
+                main(list(words))
+            except SystemExit as error:
+                code = error.code
+            finally:
+                torch.set_num_threads(threads)
+        out, err = capfd.readouterr()
+        if isinstance(code, str):  # the interpreter prints it
+            code, err = 1, err + code + "\n"
+        err += "".join(f"{warning.category.__name__}: {warning.message}\n" for warning in caught)
+        return Run(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def search(call, toy_folder, text, tmp_path):
+    """Return a function that runs block_search.main on the toy, its order going to tmp_path/out."""
+    import block_search
+
+    def run(**changes):
+        given = {"model_path": toy_folder(), "cal_dataset": text, "ppl_search_path": tmp_path / "out", **SMALL}
+        return call(block_search.main, *flags(**{**given, "del_block_num": 2, **changes}))
+
+    return run
+
+
+@pytest.fixture
+def evaluate(call, toy_folder, text):
+    """Return a function that runs eval.main on the toy."""
+    import eval as evaluation  # the builtin keeps its name
+
+    def run(**changes):
+        return call(evaluation.main, *flags(**{"model_path": toy_folder(), "cal_dataset": text, **SMALL, **changes}))
+
+    return run
+
+
+@pytest.fixture
+def refused(search, evaluate, tmp_path):
+    """Return a function that expects a refusal, in one line with `says` in it, with nothing written."""
+
+    def run(*says, script="search", **changes):
+        before = tree(tmp_path)
+        assert_refused({"search": search, "eval": evaluate}[script](**changes), *says)
+        assert tree(tmp_path) == before
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def searched(toy_folder, text, tmp_path_factory):
+    """A search of 3 blocks by a real process: (Run, folder, order file)."""
+    folder = tmp_path_factory.mktemp("searched")
+    run = shell("block_search.py", *flags(
+        model_path=toy_folder(), cal_dataset=text, ppl_search_path=folder / "new" / "ppls", del_block_num=3, **SMALL
+    ))  # fmt: skip
+    name = f"{toy_folder().name}_mix_text_ns_20_del_order_list.json"
+    return run, folder / "new" / "ppls", folder / "new" / "ppls" / name
+
+
+@pytest.fixture
+def damaged(toy_folder, tmp_path):
+    """Return a function that copies the toy and edits one of its files: (name, edit bytes) -> folder."""
+
+    def copy(name=None, edit=None):
+        folder = tmp_path / "damaged"
+        shutil.copytree(toy_folder(), folder)
+        if edit:
+            (folder / name).write_bytes(edit((folder / name).read_bytes()))
+        elif name:
+            for path in folder.glob(name):
+                path.unlink()
+        return folder
+
+    return copy

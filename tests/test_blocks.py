@@ -80,7 +80,7 @@ def test_stepping_gives_the_losses_of_the_masked_model(name):
     for i in range(decoder.n_layers):
         h = decoder.run(i, decoder.kinds(i, masked), h, stream)
     torch.testing.assert_close(decoder.token_losses(h, IDS).double(), expected, rtol=1e-5, atol=1e-5)
-    assert decoder.counts["block"] == 2 * (2 * decoder.n_layers - 2)  # windows x blocks
+    assert decoder.counts["mha"] + decoder.counts["mlp"] == 2 * (2 * decoder.n_layers - 2)  # windows x blocks
     assert decoder.counts["head"] == 2
 
 

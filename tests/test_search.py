@@ -133,7 +133,7 @@ def test_an_iteration_costs_what_the_formula_says():
         decoder.counts.clear()
         list(batch.token_losses([b for b in decoder.blocks() if b not in removed], removed))
         n = 47  # blocks left; exhaustive: each of them masked, the other 46 run
-        share = decoder.counts["block"] / len(WINDOWS) / (n * (n - 1))
+        share = (decoder.counts["mha"] + decoder.counts["mlp"]) / len(WINDOWS) / (n * (n - 1))
         x = 2 * q / n
         assert share == pytest.approx((1 - x**2) / 2, abs=0.03)
 

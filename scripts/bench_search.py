@@ -1,0 +1,299 @@
+"""Time the search engines against each other: same model, same text, same K, one process.
+
+Engines take turns removal by removal, so that a noisy machine slows all of them; the first removal of
+each is run once before, alone, as warm-up and to read its peak memory. Seconds are medians over
+--rounds. The formula row of an order is what sharing work can give: exhaustive n^2 against
+n^2 (1 - x^2) / 2 for n blocks left and the last removal at the fraction x of the depth.
+
+    python -m scripts.bench_search --model-path SmolLM2-135M-Instruct.Q4_1.gguf --cal-dataset alpaca \\
+        --data-dir data --cal-nsamples 8 --ppl-eval-seqlen 512 --del-block-num 12
+    python -m scripts.bench_search --random-config llama2-7b --device cuda --tokens 32768 --del-block-num 20
+"""
+import math
+import statistics
+import time
+from pathlib import Path
+
+from scripts import flags
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary
+SHAPES = {
+    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
+    "llama3-8b": (4096, 14336, 32, 32, 8, 128256),
+}
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    flags.add_model_flags(parser)
+    parser.add_argument("--random-config", choices=tuple(SHAPES), help="random weights of this shape, random tokens")
+    parser.add_argument("--scale", type=flags.positive, default=1, help="divide the random shape's widths by this")
+    parser.add_argument("--tokens", type=flags.positive, default=32768, help="random tokens of --random-config")
+    flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
+    parser.add_argument("--cal-nsamples", type=flags.positive, default=8, help="documents to draw")
+    parser.add_argument("--del-block-num", type=flags.positive, default=12, help="removals to time")
+    parser.add_argument("--block-type", choices=("mha", "mlp", "mix"), default="mix", help="blocks to search")
+    engines = ("exhaustive", "cached", "race")
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines, help="engines to time")
+    parser.add_argument("--rounds", type=flags.positive, default=1, help="times everything is run; medians are shown")
+    parser.add_argument("--exhaustive-steps", type=flags.positive, default=None,
+                        help="time so many exhaustive removals, scale by the exact count of evaluations")  # fmt: skip
+    parser.add_argument("--cache-gb", type=flags.size, default=None, help="memory for kept states, GiB")
+    parser.add_argument("--race-confidence", type=flags.size, default=4.0, help="as in block_search.py")
+    parser.add_argument("--race-batch-size", type=flags.positive, default=1, help="windows per decision of the race")
+    parser.add_argument("--output-path", help="result file (.json)", default=None)
+    args = parser.parse_args(argv)
+    if bool(args.model_path) == bool(args.random_config):
+        parser.error("give either --model-path or --random-config")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    from lib.blocks import Decoder
+    from lib.model import check_device, default_device, parameter_count
+    from lib.orders import to_json, write_json
+
+    args.device = args.device or default_device()
+    with parser.user_errors():
+        check_device(args.device)
+        model, windows = random_model(args) if args.random_config else real_model(args)
+        decoder = Decoder(model)
+    blocks, K = decoder.blocks(args.block_type), args.del_block_num
+    if K >= len(blocks):
+        parser.error(f"--del-block-num {K}: {len(blocks)} blocks; use 1..{len(blocks) - 1}")
+    print(f"model    {args.model_path or args.random_config} / {args.scale}: {parameter_count(model):,} parameters, "
+          f"{args.device}, {args.compute_dtype}")  # fmt: skip
+    print(f"text     {len(windows)} windows of {windows.shape[1]} = {windows.numel():,} tokens, K = {K}", flush=True)
+
+    memory = {name: peak_memory(lambda e=name: next(engine(args, e, decoder, blocks, windows)), args.device)
+              for name in args.engines}  # fmt: skip
+    rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
+    results = {name: summarise(name, args, [r[name] for r in rounds], len(blocks)) for name in args.engines}
+    orders = {name: [str(s.block) for s in rounds[0][name]] for name in args.engines}
+    flops = block_flops(decoder, windows.shape[1])
+    peak = matrix_peak(args) if str(args.device).startswith("cuda") else None
+    base = results.get("exhaustive")
+    reference = rounds[0].get("cached") or rounds[0].get("exhaustive")
+    for name, result in results.items():
+        result["peak_memory_mib"] = memory[name] / 2**20
+        result["tokens_per_second"] = result["evaluated_tokens"] / result["seconds"]
+        result["tflops"] = sum(flops[k] * n for k, n in result.pop("forwards").items()) / 1e12
+        result["tflops_per_second"] = result["tflops"] / result["seconds"]
+        if peak:
+            result["share_of_matrix_peak"] = result["tflops_per_second"] / peak
+        if base:
+            result["speedup"] = base["seconds"] / result["seconds"]
+            result["fewer_block_forwards"] = base["block_forwards"] / result["block_forwards"]
+        compare = list(zip(rounds[0][name], reference or [], strict=False))
+        result["same_order"] = [a.block for a, _ in compare] == [b.block for _, b in compare]
+        result["same_scores"] = all(a.scores == b.scores for a, b in compare)
+        result["order"] = orders[name]
+    formula = formula_ratio([s.block for s in reference], blocks, decoder) if reference else None
+    print_table(results)
+    if formula:
+        print(f"formula  {formula:.2f} times fewer block forwards for this order, with everything kept")
+    summary = {
+        "model": args.model_path or args.random_config, "scale": args.scale, "device": device_name(args.device),
+        "dtype": args.compute_dtype, "windows": len(windows), "seqlen": windows.shape[1], "K": K,
+        "batch_size": args.ppl_eval_batch_size, "rounds": args.rounds, "formula_ratio": formula,
+        "matrix_peak_tflops_per_second": peak, "versions": flags.versions(), "engines": results,
+    }  # fmt: skip
+    if args.output_path:
+        write_json(args.output_path, summary)
+    print(to_json(summary))
+
+
+def engine(args, name, decoder, blocks, windows):
+    """Return the generator of Steps of one engine."""
+    from lib.search import ENGINES
+
+    options = {"batch_size": args.ppl_eval_batch_size}
+    if args.cache_gb is not None and name != "exhaustive":
+        options["cache_bytes"] = int(args.cache_gb * 2**30)
+    if name == "race":
+        options |= {"confidence": args.race_confidence, "batch_size": args.race_batch_size}
+    return ENGINES[name](decoder, blocks, windows, args.del_block_num, **options)
+
+
+def interleave(args, decoder, blocks, windows):
+    """Run the engines removal by removal in turns; return {engine: [Step with forwards per kind]}."""
+    running = {name: engine(args, name, decoder, blocks, windows) for name in args.engines}
+    steps = {name: [] for name in args.engines}
+    for k in range(args.del_block_num):
+        for name, generator in running.items():
+            if name == "exhaustive" and args.exhaustive_steps and k >= args.exhaustive_steps:
+                continue
+            before, start = decoder.counts.copy(), time.perf_counter()
+            step = next(generator)
+            synchronize(args.device)
+            seconds = time.perf_counter() - start
+            steps[name].append(Timed(step, seconds, decoder.counts - before))
+            print(f"{k + 1:4d}  {name:10s} {step.block!s:6s} {step.perplexity:12.4f} {seconds:9.2f} s", flush=True)
+    return steps
+
+
+class Timed:
+    """A Step, its wall seconds with the device synchronised, and its forwards by kind."""
+
+    def __init__(self, step, seconds, forwards):
+        self.block, self.scores, self.windows = step.block, step.scores, step.windows
+        self.block_forwards, self.head_forwards = step.block_forwards, step.head_forwards
+        self.seconds, self.forwards = seconds, forwards
+
+
+def summarise(name, args, runs, n):
+    """Return seconds (median of runs), forwards and evaluations of one engine, scaled up where steps were left out."""
+    steps = runs[0]
+    done = sum(n - k for k in range(len(steps)))
+    factor = sum(n - k for k in range(args.del_block_num)) / done
+    return {
+        "seconds": factor * statistics.median(sum(s.seconds for s in run) for run in runs),
+        "block_forwards": factor * sum(s.block_forwards for s in steps),
+        "head_forwards": factor * sum(s.head_forwards for s in steps),
+        "evaluated_tokens": factor * sum(s.head_forwards for s in steps) * args.ppl_eval_seqlen,
+        "forwards": {k: factor * sum(s.forwards[k] for s in steps) for k in ("mha", "mlp", "head")},
+        "steps_timed": len(steps),
+        "scaled_by": factor,
+    }
+
+
+def formula_ratio(order, blocks, decoder):
+    """Return exhaustive over cached block forwards by the formula, for the depth positions of this order."""
+    depth = sorted(blocks, key=lambda b: (b.layer, b.kind))
+    exhaustive = shared = 0.0
+    x = 0.0
+    for block in order:
+        n = len(depth)
+        exhaustive += n * n
+        shared += n * n * (1 - x * x) / 2
+        p = depth.index(block)
+        depth.remove(block)
+        x = p / len(depth)
+    return exhaustive / shared
+
+
+def block_flops(decoder, T):
+    """Return forward FLOPs of one window: {"mha", "mlp", "head"}: 2 per weight and token, causal attention scores."""
+    from lib.blocks import Block
+
+    L, config = decoder.n_layers, decoder.model.config
+    flops = {kind: sum(decoder.block_parameters([Block(kind, i)]) for i in range(L)) / L for kind in ("mha", "mlp")}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
+    head = config.vocab_size * config.hidden_size
+    return {"mha": 2 * flops["mha"] * T + 2 * width * T * T, "mlp": 2 * flops["mlp"] * T, "head": 2 * head * T}
+
+
+def random_model(args):
+    """Return (model, windows): random weights of a published shape, made on the device, and random tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from lib.model import DTYPES
+
+    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[args.random_config]
+    s = args.scale
+    config = LlamaConfig(
+        hidden_size=hidden // s, intermediate_size=intermediate // s, num_hidden_layers=layers,
+        num_attention_heads=max(1, heads // s), num_key_value_heads=max(1, kv_heads // s), vocab_size=vocab // s,
+        max_position_embeddings=max(4096, args.ppl_eval_seqlen),
+    )  # fmt: skip
+    torch.manual_seed(args.seed)
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.compute_dtype]).eval().requires_grad_(False)
+    n = max(1, args.tokens // args.ppl_eval_seqlen)
+    generator = torch.Generator().manual_seed(args.seed)
+    return model, torch.randint(config.vocab_size, (n, args.ppl_eval_seqlen), generator=generator)
+
+
+def real_model(args):
+    """Return (model, windows) of --model-path and --cal-dataset, as block_search.py reads them."""
+    from lib import data
+    from lib.model import load_model
+
+    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
+    documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
+    model, tokenizer = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+    return model, data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
+
+
+def peak_memory(run, device):
+    """Return bytes that run() adds at its peak: on CUDA the allocator's, else the resident set (Linux)."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if str(device).startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
+    if not status.exists():
+        run()
+        return math.nan
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    before = _status(status, "VmRSS")
+    run()
+    return _status(status, "VmHWM") - before
+
+
+def _status(path, key):
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(key))
+
+
+def matrix_peak(args, n=8192):
+    """Return the TFLOP/s of a large square matrix product in this dtype on this device, the best of 10."""
+    import torch
+
+    from lib.model import DTYPES
+
+    a, b = (torch.randn(n, n, device=args.device, dtype=DTYPES[args.compute_dtype]) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        synchronize(args.device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(args.device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best / 1e12
+
+
+def synchronize(device):
+    if str(device).startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def device_name(device):
+    import os
+    import platform
+
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def print_table(results):
+    rows = ["engine seconds speed-up block-forwards fewer head-forwards tokens/s peak-MiB order scores".split()]
+    for name, r in results.items():
+        rows.append([
+            name + ("*" if r["scaled_by"] > 1 else ""), f"{r['seconds']:.1f}",
+            f"{r['speedup']:.2f}x" if "speedup" in r else "-", f"{r['block_forwards']:,.0f}",
+            f"{r['fewer_block_forwards']:.2f}x" if "fewer_block_forwards" in r else "-", f"{r['head_forwards']:,.0f}",
+            f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mib']:,.0f}",
+            "same" if r["same_order"] else "DIFFERS", "same" if r["same_scores"] else "differ",
+        ])  # fmt: skip
+    flags.print_aligned(rows)
+    if any(r["scaled_by"] > 1 for r in results.values()):
+        print("* timed on its first removals and scaled by the exact number of evaluations")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Running the two scripts from tests: real processes, and what their ends are compared with.
+
+The fixtures call, search, evaluate and refused in conftest.py run main() in this process instead.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {"device": "cpu", "compute_dtype": "fp32", "cal_nsamples": 20, "ppl_eval_seqlen": 64, "ppl_eval_batch_size": 8}
+NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}  # nobody listens
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self):
+        """The last line of stdout, for machines."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+def flags(**values):
+    """{"del_block_num": 3, "overwrite": True} -> ["--del-block-num", "3", "--overwrite"]"""
+    words = []
+    for name, value in values.items():
+        words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return words
+
+
+def start(script, *words, python=(), **environment):
+    """Start `python script words` from the repository root, one thread, no network."""
+    env = os.environ | NO_NETWORK | {"OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, *python, script, *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def shell(script, *words, **options):
+    process = start(script, *words, **options)
+    out, err = process.communicate(timeout=120)
+    return Run(process.returncode, out, err)
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.stat().st_mtime_ns if p.is_file() else None for p in folder.rglob("*")}
+
+
+def scores(path):
+    """Return (order, every candidate's score in every step) of an order file; what steps cost may differ by run."""
+    from lib.orders import read_order
+
+    order, meta = read_order(path)
+    return order, [step["scores"] for step in meta["steps"]]
+
+
+def assert_refused(run, *says):
+    assert run.code == 2, run
+    assert run.out == "", run
+    assert len(run.err.splitlines()) == 1 and ": error: " in run.err, run
+    for words in says:
+        assert words in run.err, run

@@ -1,0 +1,513 @@
+"""Bad input to the two scripts: exit code 2, one line that says what was given and what to do, nothing written.
+
+Where the process itself matters (missing packages, no network, what imports print) a real one is
+started, elsewhere main() is called.
+"""
+import contextlib
+import http.server
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from command_line import SMALL, assert_refused, flags, scores, shell, tree
+from safetensors.torch import load_file, save_file
+
+from lib.orders import read_order
+
+WEIGHTS = "model.safetensors"
+
+
+# ---- models that cannot be searched --------------------------------------------------------------
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / WEIGHTS)
+    edit(weights)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("script", ("search", "eval"))
+def test_a_missing_model_is_refused(refused, tmp_path, script):
+    refused("--model-path", "nowhere", "no such file or folder", script=script, model_path=tmp_path / "nowhere")
+    refused("nowhere.gguf", "no such file or folder", script=script, model_path="nowhere.gguf")
+    refused("--model-path is missing", script=script, model_path="")
+
+
+def test_a_file_that_is_no_model_is_refused(refused, text):
+    refused(str(text), "model folder or a .gguf file", model_path=text)
+
+
+@pytest.mark.parametrize("name, edit, says", (
+    ("config.json", lambda b: b[:40], ("configuration", "config.json")),
+    ("config.json", lambda b: b"[]", ("configuration",)),
+    ("config.json", lambda b: b"{}", ("configuration",)),
+    ("config.json", None, ("without config.json",)),
+    ("*.safetensors", None, ("without weights", "*.safetensors")),
+    ("model.safetensors", lambda b: b[: len(b) // 2], ("weights", "download it again")),
+    ("model.safetensors", lambda b: b"", ("weights", "download it again")),
+    ("model.safetensors", lambda b: b"no tensors" * 9, ("weights", "download it again")),
+    ("token*", None, ("tokenizer", "tokenizer.json")),
+    ("tokenizer.json", lambda b: b[:99], ("tokenizer", "tokenizer.json")),
+))  # fmt: skip
+def test_an_incomplete_model_is_refused(refused, damaged, name, edit, says):
+    folder = damaged(name, edit)
+    refused(str(folder), *says, model_path=folder)
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(toy_folder, damaged, text, tmp_path):
+    folder = edit_weights(damaged(), lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+    before = tree(tmp_path)
+    words = flags(model_path=folder, cal_dataset=text, ppl_search_path=tmp_path / "out", del_block_num=2, **SMALL)
+    assert_refused(
+        shell("block_search.py", *words), str(folder), "model.layers.1.mlp.up_proj.weight", "complete checkpoint"
+    )
+    assert tree(tmp_path) == before
+
+
+def test_a_checkpoint_with_other_shapes_than_its_config_is_refused(refused, damaged):
+    def halve(weights):
+        weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"][:24]
+
+    folder = edit_weights(damaged(), halve)
+    refused(str(folder), "model.layers.1.mlp.up_proj.weight", "(24, 32)", "(48, 32)", "config.json", model_path=folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused(refused, toy_folder, tmp_path):
+    folder = tmp_path / "foreign"
+    shutil.copytree(toy_folder(vocab_size=96), folder)
+    for script in ("search", "eval"):
+        refused(str(folder), "the model knows 0..95", "tokenizer", script=script, model_path=folder)
+
+
+def test_a_checkpoint_without_one_of_its_files_is_refused(refused, damaged):
+    folder = damaged()
+    names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(load_file(folder / WEIGHTS))}
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    refused(str(folder), "model-00002-of-00002.safetensors", "a file is missing", model_path=folder)
+
+
+SIZES = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+FOREIGN = {
+    "encoder": ("BertForMaskedLM", "BertConfig", SIZES, ("BertForMaskedLM", "no causal language model")),
+    "encoder-decoder": (
+        "T5ForConditionalGeneration", "T5Config",
+        dict(vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), ("T5Config", "encoder-decoder"),
+    ),
+    "no transformer": (
+        "MambaForCausalLM", "MambaConfig", dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, state_size=4),
+        ("MambaForCausalLM", "MambaBlock", "FAMILIES"),
+    ),
+    "unknown family": (
+        "BertLMHeadModel", "BertConfig", dict(SIZES, is_decoder=True), ("BertLMHeadModel", "BertLayer", "FAMILIES"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_is_no_known_decoder_is_refused_by_name(refused, toy_folder, tmp_path, name):
+    model, config, sizes, says = FOREIGN[name]
+    folder = tmp_path / "foreign"
+    getattr(transformers, model)(getattr(transformers, config)(**sizes)).save_pretrained(folder)
+    for path in toy_folder().glob("token*"):
+        shutil.copy(path, folder)
+    (folder / WEIGHTS).write_bytes(b"")  # the configuration is enough to tell
+    refused(*says, model_path=folder)
+    refused(*says, model_path=folder, script="eval")
+
+
+def test_a_damaged_gguf_is_refused(refused, tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "damaged.gguf"
+    path.write_bytes(b"GGUF" + bytes(300))
+    refused(str(path), model_path=path)
+    path.write_bytes(b"")
+    refused(str(path), model_path=path)
+
+
+# ---- numbers of blocks ---------------------------------------------------------------------------
+
+
+def test_more_blocks_than_there_are_is_refused(refused):
+    refused("--del-block-num 7", "6 blocks (3 mha + 3 mlp)", "use 0..6", del_block_num=7)
+    refused("--del-block-num 4", "3 blocks (all mha)", "use 0..3", del_block_num=4, block_type="mha")
+    refused("--del-block-num 4", "3 blocks (all mlp)", "use 0..3", del_block_num=4, block_type="mlp")
+
+
+@pytest.mark.parametrize("number", ("-1", "1.5", "many", ""))
+def test_a_number_that_is_none_is_refused(refused, number):
+    refused("--del-block-num", repr(number), "whole number from 0", del_block_num=number)
+    refused("--del-block-num", repr(number), "whole number from 0", del_block_num=number, script="eval")
+
+
+def test_unknown_words_are_refused(refused):
+    refused("--block-type", "'attn'", "mha", "mlp", "mix", block_type="attn")
+    refused("--compute-dtype", "'int8'", "bf16", compute_dtype="int8")
+    refused("--del-blocks", del_blocks=3)
+    refused("--cache-gb", "'inf'", cache_gb="inf")
+
+
+def test_removals_that_the_order_does_not_hold_are_refused(refused, searched):
+    refused(
+        "--del-block-num 4", "holds 3 removals", "0..3", script="eval", ppl_search_file=searched[2], del_block_num=4
+    )
+    refused("--del-block-num 1", "--ppl-search-file", script="eval", del_block_num=1)
+
+
+# ---- order files that are none -------------------------------------------------------------------
+
+NO_ORDERS = {
+    "empty": ("", "not a readable JSON"),
+    "not json": ("mha 3", "not a readable JSON"),
+    "truncated": ('{"1": [["mha", 0]], "2": [["mha', "not a readable JSON"),
+    "deep": ("[" * 100_000, "not a readable JSON"),
+    "endless number": ('{"1": [["mha", ' + "9" * 5000 + "]]}", "not a readable JSON"),
+    "binary": (b"\x00\xff\xfe\x80" * 9, "not a readable JSON"),
+    "a list": ('[["mha", 0]]', "not an order file"),
+    "a string": ('"mha"', "not an order file"),
+    "null": ("null", "not an order file"),
+    "nothing": ("{}", "holds no removals"),
+    "keys from 0": ('{"0": [["mha", 0]]}', 'no "1"'),
+    "a gap": ('{"1": [["mha", 0]], "3": [["mha", 0], ["mha", 1], ["mha", 2]]}', 'no "2"'),
+    "wrong keys": ('{"order": [["mha", 0]]}', 'no "1"'),
+    "adds two": ('{"1": [["mha", 0], ["mlp", 1]]}', "exactly one block"),
+    "adds none": ('{"1": [["mha", 0]], "2": [["mha", 0]]}', "exactly one block"),
+    "repeats": ('{"1": [["mha", 0]], "2": [["mha", 0], ["mha", 0]]}', "exactly one block"),
+    "forgets": ('{"1": [["mha", 0]], "2": [["mha", 1], ["mha", 1]]}', "exactly one block"),
+    "out of range": ('{"1": [["mha", 3]]}', "3 layers (0..2)"),
+    "far out of range": ('{"1": [["mha", ' + "9" * 4000 + "]]}", "3 layers (0..2)"),
+    "negative": ('{"1": [["mha", -1]]}', "-1"),
+    "unknown type": ('{"1": [["attn", 0]]}', "'attn'"),
+    "float": ('{"1": [["mha", 1.0]]}', "1.0"),
+    "nan": ('{"1": [["mha", NaN]]}', "nan"),
+    "bool": ('{"1": [["mha", true]]}', "True"),
+    "null layer": ('{"1": [["mha", null]]}', "None"),
+    "text layer": ('{"1": [["mha", "0"]]}', "'0'"),
+    "nested type": ('{"1": [[["mha"], 0]]}', "['mha']"),
+    "nested layer": ('{"1": [["mha", [0]]]}', "[0]"),
+    "triple": ('{"1": [["mha", 0, 0]]}', "expected a pair"),
+    "bare pair": ('{"1": ["mha", 0]}', "expected a pair"),
+    "null entry": ('{"1": null}', "expected a pair"),
+    "long entry": ('{"1": [' + json.dumps("x" * 100_000) + "]}", "expected a pair"),
+    "other layers": ('{"1": [["mha", 0]], "meta": {"layers": 32}}', "32 layers; this one has 3"),
+    "odd layers": ('{"1": [["mha", 0]], "meta": {"layers": [3]}}', "this one has 3"),
+    "odd meta": ('{"1": [["mha", 0]], "meta": [1]}', '"meta"'),
+}
+
+
+@pytest.mark.parametrize("name", NO_ORDERS)
+def test_what_is_no_order_is_refused(refused, tmp_path, name):
+    content, says = NO_ORDERS[name]
+    path = tmp_path / "order.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(str(path), says, script="eval", ppl_search_file=path, del_block_num=1)
+
+
+def test_an_order_that_is_not_there_is_refused(refused, tmp_path):
+    refused("order.json: no such order file", script="eval", ppl_search_file=tmp_path / "order.json", del_block_num=1)
+    refused(str(tmp_path), "not a readable JSON", script="eval", ppl_search_file=tmp_path, del_block_num=1)
+
+
+def test_an_order_of_another_model_of_the_same_depth_is_warned_about(evaluate, tmp_path):
+    path = tmp_path / "order.json"
+    for model in ("models/Other-7b", 7):
+        path.write_text(json.dumps({"1": [["mha", 0]], "meta": {"model": model}}))
+        run = evaluate(ppl_search_file=path, del_block_num=1)
+        assert run.code == 0 and len(run.err.splitlines()) == 1 and "warning: the order was searched on" in run.err
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ("search", "eval"))
+def test_text_that_is_too_short_is_refused(refused, text, script, tmp_path):
+    refused("--cal-nsamples 61", "60 documents", "1..60", script=script, cal_nsamples=61)
+    short = tmp_path / "short.txt"
+    short.write_text("Just a few words.")
+    refused(
+        "--ppl-eval-seqlen 64", "17 tokens", "less than one window", script=script, cal_dataset=short, cal_nsamples=1
+    )
+
+
+def test_windows_that_the_model_cannot_hold_are_refused(refused):
+    for script in ("search", "eval"):
+        refused("--ppl-eval-seqlen 129", "128 positions", "2..128", script=script, ppl_eval_seqlen=129)
+        refused("--ppl-eval-seqlen 1", script=script, ppl_eval_seqlen=1)
+
+
+NO_TEXTS = {
+    "latin1.txt": (b"caf\xe9", ("not UTF-8",)),
+    "latin1.jsonl": (b'{"text": "caf\xe9"}', ("not UTF-8",)),
+    "empty.txt": (b"\n\n \n\n", ("holds no text",)),
+    "empty.jsonl": (b"", ("holds no text",)),
+    "empty.json": (b"[]", ("holds no text",)),
+    "broken.jsonl": (b'{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n', ("line 3", "jsonl")),
+    "broken.json": (b'[{"text": "a"},', ("json",)),
+    "deep.json": (b"[" * 100_000, ("json",)),
+    "deep.jsonl": (b"[" * 100_000, ("json",)),
+    "number.jsonl": (b"3\n4\n", ("records",)),
+    "object.json": (b'{"text": "a"}', ("records",)),
+    "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', ("record 2", "column text")),
+    "column.jsonl": (b'{"title": "a", "body": "b"}\n', ("--text-column text", "title, body")),
+    "broken.parquet": (b"PAR1 and no more", ("parquet",)),
+    "text.csv": (b"text\na\n", ("must end in", ".jsonl")),
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXTS)
+def test_what_is_no_text_is_refused(refused, tmp_path, name):
+    content, says = NO_TEXTS[name]
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(str(path), *says, cal_dataset=path)
+
+
+def test_parquet_without_text_is_refused(refused, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "table.parquet"
+    pyarrow.parquet.write_table(pa.table({"text": ["a", None], "number": [1, 2]}), path)
+    refused(str(path), "record 2", cal_dataset=path)
+    refused(str(path), "record 1", "number", cal_dataset=path, text_column="number")
+    refused("--text-column body", "text, number", cal_dataset=path, text_column="body")
+
+
+def test_unknown_text_is_refused(refused, tmp_path, text):
+    refused("--cal-dataset absent.txt", "alpaca, wikitext2", ".jsonl", cal_dataset="absent.txt")
+    refused("--cal-dataset", str(tmp_path), cal_dataset=tmp_path)
+    refused("--cal-split test", "drop --cal-split", cal_split="test")
+    refused("--cal-split dev", "train, validation, test", cal_dataset="alpaca", cal_split="dev")
+    refused("--data-dir", "no such folder", cal_dataset="alpaca", data_dir=tmp_path / "absent")
+    refused("--data-dir", "alpaca-test", ".jsonl", cal_dataset="alpaca", data_dir=tmp_path)
+
+
+def test_a_text_column_that_a_local_copy_lacks_is_refused(search, refused, tmp_path):
+    rows = [{"sentence": f"number {i} and more words to fill a window of tokens"} for i in range(30)]
+    (tmp_path / "ptb-test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused("--text-column body", "sentence", cal_dataset="ptb", data_dir=tmp_path, text_column="body")
+    assert search(cal_dataset="ptb", data_dir=tmp_path).code == 0  # its own column needs no flag
+
+
+# ---- places and devices --------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_be_written_is_refused(refused, text):
+    refused("--ppl-search-path", str(text), "not a folder", ppl_search_path=text / "ppls")
+    refused("--ppl-search-path", str(text), "not a folder", ppl_search_path=text)
+    refused("too long", ppl_search_path="x" * 300)
+    refused("--output-path", str(text), "not a folder", script="eval", output_path=text / "result.json")
+    refused("--output-path", "a folder", "file name", script="eval", output_path=text.parent)
+
+
+def test_a_folder_without_permission_is_refused(refused, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    if os.access(locked, os.W_OK):
+        pytest.skip("root may write everywhere")
+    refused("--ppl-search-path", "not writable", ppl_search_path=locked / "ppls")
+    refused("--output-path", "not writable", script="eval", output_path=locked / "result.json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(refused):
+    for script in ("search", "eval"):
+        refused("--device cuda", "no CUDA GPU", "--device cpu", script=script, device="cuda")
+    refused("--device cuda:3", "no CUDA GPU", device="cuda:3")
+
+
+def test_an_unknown_device_is_refused(refused):
+    refused("--device tpu", "cpu, cuda or cuda:N", device="tpu")
+    refused("--device mps", "cpu and cuda", device="mps")
+
+
+def test_unknown_tasks_are_refused(refused, tmp_path):
+    pytest.importorskip("lm_eval.tasks")
+    given = dict(script="eval", do_eval=True, task_data=tmp_path)
+    refused("'no_such_task'", "piqa", **given, tasks="no_such_task")
+    refused("piqa.jsonl", **given, tasks="piqa")
+    refused("--limit", "boolq", "piqa", script="eval", limit="boolq=3", tasks="piqa")
+
+
+# ---- numbers that are none -----------------------------------------------------------------------
+
+
+def overflow_in_layer_1(weights):
+    """Make layer 1's MLP overflow at the letter e: only that letter has a value in the last dimension."""
+    weights["model.embed_tokens.weight"][:, -1] = 0
+    weights["model.embed_tokens.weight"][LETTER_E, -1] = 1
+    for i in (0, 1):
+        weights[f"model.layers.{i}.self_attn.o_proj.weight"][-1] = 0
+    weights["model.layers.0.mlp.down_proj.weight"][-1] = 0
+    for name in ("gate", "up"):
+        weights[f"model.layers.1.mlp.{name}_proj.weight"][0, -1] = 1e30
+
+
+def nan_in_layer_1(weights):
+    weights["model.layers.1.mlp.up_proj.weight"][:] = float("nan")
+
+
+def nan_at_a_letter(weights):
+    weights["model.embed_tokens.weight"][LETTER_E] = float("nan")
+
+
+def nan_in_the_last_norm(weights):
+    weights["model.norm.weight"][:] = float("nan")
+
+
+LETTER_E = ord("e") - ord("!")  # its token: the printable bytes come first
+
+
+@pytest.mark.parametrize("damage", (overflow_in_layer_1, nan_in_layer_1))
+def test_the_block_that_overflows_goes_first(search, damaged, tmp_path, damage):
+    run = search(model_path=edit_weights(damaged(), damage))
+    assert run.code == 0, run
+    order, meta = read_order(tmp_path / "out" / "damaged_mix_text_ns_20_del_order_list.json")
+    assert order[0] == ("mlp", 1) and len(order) == 2
+    first, second = meta["steps"]
+    assert {block for block, score in first["scores"].items() if score != "nan"} == {"mlp1"}
+    assert all(isinstance(score, float) for score in second["scores"].values())
+    warning = next(line for line in run.out.splitlines() if line.startswith("warning"))
+    assert all(block in warning for block in ("mha0", "mha1", "mha2", "mlp0", "mlp2")) and "mlp1" not in warning
+    assert "dense model's perplexity is nan" in run.err and "--compute-dtype" in run.err
+
+
+@pytest.mark.parametrize("damage", (nan_at_a_letter, nan_in_the_last_norm))
+def test_a_model_without_any_finite_candidate_stops_after_saving_why(search, evaluate, damaged, tmp_path, damage):
+    model = edit_weights(damaged(), damage)
+    run = search(model_path=model)
+    assert run.code == 1, run
+    path = tmp_path / "out" / "damaged_mix_text_ns_20_del_order_list.json"
+    last = run.err.splitlines()[-1]
+    assert (
+        "block_search.py: error: step 1: all 6 candidates" in last and str(path) in last and "--compute-dtype" in last
+    )
+    assert "Traceback" not in run.err
+    order, meta = read_order(path)
+    assert order == [] and set(meta["failed"]["candidates"].values()) == {"nan"}
+    assert search(model_path=model).code == 1, "it resumes, and fails again"
+    assert_refused(evaluate(model_path=model, ppl_search_file=path, del_block_num=1), "holds 0 removals")
+
+
+# ---- packages and networks that are not there ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Return options for shell() under which the optional packages are not installed."""
+    folder = tmp_path_factory.mktemp("site")
+    absent = ("accelerate", "datasets", "gguf", "lm_eval", "matplotlib", "lm-eval")
+    for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(site).iterdir():
+            if entry.name.split("-")[0].split(".")[0].lower() not in absent:
+                with contextlib.suppress(FileExistsError):
+                    (folder / entry.name).symlink_to(entry)
+    names = {path.name.split("-")[0] for path in folder.glob("*.dist-info")}
+    assert "torch" in names and "datasets" not in names
+    return {"python": ("-S",), "PYTHONPATH": str(folder)}  # -S: no other site-packages
+
+
+def test_a_search_on_local_text_needs_no_optional_package(bare, toy_folder, text, tmp_path, searched):
+    words = flags(model_path=toy_folder(), cal_dataset=text, ppl_search_path=tmp_path, del_block_num=3, **SMALL)
+    run = shell("block_search.py", *words, **bare)
+    assert run.code == 0, run
+    assert scores(tmp_path / searched[2].name) == scores(searched[2])
+
+
+def test_a_gguf_file_without_the_gguf_package_is_refused(bare, text, tmp_path):
+    path, out = tmp_path / "model.gguf", tmp_path / "out"
+    path.write_bytes(b"GGUF")
+    run = shell("block_search.py", *flags(model_path=path, cal_dataset=text, ppl_search_path=out, **SMALL), **bare)
+    assert_refused(run, str(path), "gguf>=", "install")
+    assert not out.exists()
+
+
+def test_tasks_without_lm_eval_are_refused(bare, toy_folder, text, tmp_path):
+    output = tmp_path / "new" / "result.json"
+    words = flags(model_path=toy_folder(), cal_dataset=text, do_eval=True, output_path=output, **SMALL)
+    assert_refused(shell("eval.py", *words, **bare), "lm_eval", "pip install")
+    assert tree(tmp_path) == {}
+
+
+def test_a_named_data_set_without_datasets_is_refused(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
+    refused("--cal-dataset wikitext2", "datasets", "--data-dir", cal_dataset="wikitext2")
+
+
+def test_a_hub_name_without_network_is_refused_at_once(text, tmp_path):
+    home, out = tmp_path / "home", tmp_path / "out"
+    words = flags(model_path="owner/model", cal_dataset=text, ppl_search_path=out, **SMALL)
+    started = time.monotonic()
+    run = shell("block_search.py", *words, HF_HOME=str(home))
+    assert_refused(run, "owner/model", "cannot be reached", "local path", "config.json", ".gguf")
+    assert time.monotonic() - started < 30, "retries"
+    assert not out.exists()
+
+
+def test_a_name_that_the_hub_does_not_know_is_refused(text, tmp_path):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        words = flags(model_path="owner/modle", cal_dataset=text, ppl_search_path=tmp_path / "out", **SMALL)
+        address = f"http://127.0.0.1:{hub.server_port}"
+        run = shell(
+            "block_search.py", *words, HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=address, NO_PROXY="127.0.0.1"
+        )
+        hub.shutdown()
+    assert_refused(run, "owner/modle", "404", "check the name")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_whose_rows_are_out_of_reach_are_refused_before_the_model_is_read(toy_folder, text, tmp_path):
+    pytest.importorskip("lm_eval.tasks")
+    model = tmp_path / "model"
+    shutil.copytree(toy_folder(), model)
+    (model / WEIGHTS).write_bytes(b"")
+    words = flags(model_path=model, cal_dataset=text, do_eval=True, tasks="piqa", **SMALL)
+    run = shell("eval.py", *words, HF_HOME=str(tmp_path / "home"))
+    assert_refused(run, "--tasks piqa", "cannot be reached", "--task-data", ".jsonl")
+
+
+def test_a_named_data_set_without_network_is_refused_at_once(toy_folder, tmp_path):
+    pytest.importorskip("datasets")
+    home, out = tmp_path / "home", tmp_path / "out"
+    words = flags(model_path=toy_folder(), cal_dataset="alpaca", ppl_search_path=out, **SMALL)
+    started = time.monotonic()
+    run = shell("block_search.py", *words, HF_HOME=str(home))
+    assert_refused(run, "--cal-dataset alpaca", "tatsu-lab/alpaca", "--data-dir", "alpaca-test.jsonl")
+    assert time.monotonic() - started < 30, "retries"
+    assert not out.exists()
+
+
+def test_a_cached_hub_model_is_searched_without_network(toy_folder, text, tmp_path):
+    revision = "0123456789" * 4
+    cache = tmp_path / "home" / "hub" / "models--owner--model"
+    shutil.copytree(toy_folder(), cache / "snapshots" / revision)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(revision)
+    words = flags(
+        model_path="owner/model", cal_dataset=text, ppl_search_path=tmp_path / "out", del_block_num=1, **SMALL
+    )
+    started = time.monotonic()
+    run = shell("block_search.py", *words, HF_HOME=str(tmp_path / "home"))
+    assert run.code == 0 and time.monotonic() - started < 60, run
+    assert run.result["order_file"].endswith("model_mix_text_ns_20_del_order_list.json")
