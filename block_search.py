@@ -196,7 +196,9 @@ def resume(path, meta, overwrite):
         raise ValueError(f"{path}: exists {what}; pass --overwrite to replace it, or give another --ppl-search-path")
     check_order(order, meta["layers"], path, old)
     steps = old.get("steps")
-    if not isinstance(steps, list) or len(steps) != len(order):
+    fields = {"perplexity", "removed_percent", "seconds"}
+    whole = isinstance(steps, list) and all(isinstance(step, dict) and fields <= step.keys() for step in steps)
+    if not whole or len(steps) != len(order):
         raise ValueError(f"{path}: its meta does not hold one step for each removal; pass --overwrite to replace it")
     old.pop("failed", None)
     return order, old

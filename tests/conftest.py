@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import SMALL, Run, assert_refused, flags, shell, tree
 
+torch.set_num_threads(1)  # toys gain nothing from more, and wait long for each other on a busy machine
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # lib/ and the scripts are imported from the checkout
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import transformers
-from command_line import SMALL, flags, scores, shell, start, tree
+from command_line import SMALL, flags, scores, shell, start, tree, write_gguf
 
 import block_search
 from lib.blocks import Block, Decoder
@@ -135,41 +135,6 @@ def test_a_gguf_file_is_searched_and_replayed_like_the_folder_it_came_from(searc
     assert replay["dense_perplexity"] == pytest.approx(dense, rel=1e-4)
 
 
-def write_gguf(path, model):
-    """Write a toy Llama with as many key-value heads as heads, and byte tokens plus one merge."""
-    import gguf
-    from tokenizers import pre_tokenizers
-
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġ~"])
-    writer.add_token_types([1] * 257)
-    writer.add_token_merges(["Ġ ~"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp pairs neighbouring dimensions in its rotation
-            heads, size = config.num_attention_heads, config.hidden_size
-            tensor = tensor.view(heads, 2, size // heads // 2, size).transpose(1, 2).reshape(size, size)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 # ---- resuming ------------------------------------------------------------------------------------
 
 
@@ -254,6 +219,7 @@ def test_a_file_that_cannot_be_continued_is_refused(search, refused, tmp_path, t
 @pytest.mark.parametrize("break_it", (
     lambda meta: meta.pop("steps"),
     lambda meta: meta["steps"].pop(),
+    lambda meta: meta["steps"][0].pop("removed_percent"),
     lambda meta: meta.update(steps=3),
     lambda meta: meta.update(layers=4),
 ))  # fmt: skip

@@ -1,11 +1,21 @@
 """Our search on a real pretrained model against the figures that the paper's own code computed."""
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import block_search
+
+
+@pytest.fixture(autouse=True)
+def every_core():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

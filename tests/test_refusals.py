@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from command_line import SMALL, assert_refused, flags, scores, shell, tree
+from command_line import SMALL, assert_refused, flags, scores, shell, tree, write_gguf
 from safetensors.torch import load_file, save_file
 
 from lib.orders import read_order
@@ -425,9 +425,11 @@ def test_a_search_on_local_text_needs_no_optional_package(bare, toy_folder, text
     assert scores(tmp_path / searched[2].name) == scores(searched[2])
 
 
-def test_a_gguf_file_without_the_gguf_package_is_refused(bare, text, tmp_path):
+def test_a_gguf_file_without_the_gguf_package_is_refused(bare, toy_folder, text, tmp_path):
+    pytest.importorskip("gguf")
     path, out = tmp_path / "model.gguf", tmp_path / "out"
-    path.write_bytes(b"GGUF")
+    folder = toy_folder(vocab_size=257, num_key_value_heads=4)
+    write_gguf(path, transformers.AutoModelForCausalLM.from_pretrained(folder))
     run = shell("block_search.py", *flags(model_path=path, cal_dataset=text, ppl_search_path=out, **SMALL), **bare)
     assert_refused(run, str(path), "gguf>=", "install")
     assert not out.exists()
