@@ -37,9 +37,15 @@ def parse_args(argv=None):
                         help="memory for kept states (cached, race), GiB; a share of what is free when absent")
     parser.add_argument("--race-confidence", type=flags.size, default=4.0,
                         help="race: standard errors behind the leader at which a candidate drops out")
+    parser.add_argument("--offload", action="store_true",
+                        help="the layers' weights visit the device one by one: for a model that does not fit; exact")
     parser.add_argument("--overwrite", action="store_true", help="replace an order searched with other settings")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long; write nothing")
     args = parser.parse_args(argv)
+    if args.offload:
+        if args.search == "race":
+            parser.error("--offload walks all candidates through each layer and cannot race; drop --search race")
+        args.search = "streamed"
     if not args.model_path:
         parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
     return parser, args
@@ -71,7 +77,7 @@ def main(argv=None):
             print(f"nothing to do: {path} holds {len(order)} removals searched with these settings")
             print_summary(path, order[:n], meta)
             return
-        model, _ = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        model, _ = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code, args.offload)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
     blocks = decoder.blocks(args.block_type)
@@ -106,13 +112,14 @@ def main(argv=None):
 
     total = parameter_count(model)
     with progress(evaluations * len(windows)) as bar:
-        options = {} if args.cache_gb is None else {"cache_bytes": int(args.cache_gb * 2**30)}
+        options = {}
+        if args.search in ("cached", "race") and args.cache_gb is not None:
+            options["cache_bytes"] = int(args.cache_gb * 2**30)
         if args.search == "race":
             options["confidence"] = args.race_confidence
         engine = ENGINES[args.search](
-            decoder, blocks, windows, n, order, args.ppl_eval_batch_size, bar.advance,
-            **options if args.search != "exhaustive" else {},
-        )  # fmt: skip
+            decoder, blocks, windows, n, order, args.ppl_eval_batch_size, bar.advance, **options
+        )
         try:
             for step in engine:
                 order.append(step.block)

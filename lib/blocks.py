@@ -161,6 +161,23 @@ class Decoder:
         with self._layer_masked(i, [kind for kind in KINDS if kind not in kinds]):
             return _tensor(self.layers[i](h, *args, **kwargs))
 
+    @contextlib.contextmanager
+    def resident(self, i):
+        """Within this context an offloaded layer's weights stay on the device: moved once, not at each forward."""
+        held = []
+        try:
+            for module in self.layers[i].modules():
+                hook = getattr(module, "_hf_hook", None)  # accelerate's
+                if getattr(hook, "offload", False):
+                    hook.pre_forward(module)
+                    hook.offload = False
+                    held.append((hook, module))
+            yield
+        finally:
+            for hook, module in held:
+                hook.offload = True
+                hook.post_forward(module, None)
+
     def kinds(self, i, masked=()):
         """Return the kinds of layer i that are neither removed nor in `masked`, a collection of blocks."""
         return tuple(k for k in KINDS if (k, i) not in self.removed and (k, i) not in masked)

@@ -24,12 +24,13 @@ HINTS = {  # what to do where a part of a model cannot be read
 }
 
 
-def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False):
+def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offload=False):
     """Return (model, tokenizer): the model in eval mode, without gradients, on `device`.
 
     path: hub id, folder, or .gguf file (dequantised to dense weights of `dtype`).
     dtype: a key of DTYPES. device: "cpu", "cuda", "cuda:1"; plain "cuda" spreads a model that the
-    first visible GPU cannot hold over all of them (accelerate's device map).
+    first visible GPU cannot hold over all of them (accelerate's device map). offload: the layers'
+    weights stay in host memory, or on the CPU in the checkpoint's files, and visit the device.
     Raises ValueError, one line, for everything a user can mend.
     """
     from transformers import AutoModelForCausalLM
@@ -38,9 +39,13 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False):
     config = load_config(path, trust_remote_code)
     kwargs = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
     kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
-    device_map = _device_map(config, dtype, device, trust_remote_code)
+    if offload and gguf:
+        raise ValueError(f"--offload: not from a .gguf file ({path}); give a folder with config.json and *.safetensors")
+    device_map = _device_map(path, dtype, device, trust_remote_code, offload)
     if device_map is not None:
         kwargs["device_map"] = device_map
+    if offload:
+        kwargs["offload_folder"] = _offload_folder()
     if gguf:
         kwargs |= {"gguf_file": gguf, **_dequantise()}
     else:
@@ -288,17 +293,36 @@ def _dequantise():
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _device_map(config, dtype, device, trust_remote_code):
-    """Return accelerate's device map: None for the CPU, one GPU, or "auto" when one is too small."""
-    if not str(device).startswith("cuda"):
+def _device_map(path, dtype, device, trust_remote_code, offload):
+    """Return accelerate's device map: None for the CPU, one GPU, "auto" when one is too small, or offloaded layers."""
+    cuda = str(device).startswith("cuda")
+    if offload:
+        bare = skeleton(path, trust_remote_code)
+        lists = {name: m for name, m in bare.named_modules() if isinstance(m, torch.nn.ModuleList)}
+        layers = max(lists, key=lambda name: parameter_count(lists[name]))
+        place = {f"{layers}.{i}": "cpu" if cuda else "disk" for i in range(len(lists[layers]))}
+        for name, module in bare.named_modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own and not name.startswith(f"{layers}."):
+                place[name] = device
+        return place
+    if not cuda:
         return None
     if str(device) == "cuda" and torch.cuda.device_count() > 1:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"), _quiet():
-            bare = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        need = parameter_count(bare) * DTYPES[dtype].itemsize
+        need = parameter_count(skeleton(path, trust_remote_code)) * DTYPES[dtype].itemsize
         free, _ = torch.cuda.mem_get_info(0)
         if need > 0.85 * free:  # the rest is for activations
             return "auto"
     return {"": device}
+
+
+@functools.cache
+def _offload_folder():
+    """Return a folder, gone with this process, for weights that cannot be read from the checkpoint's own files."""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="blockpruner-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -3,7 +3,8 @@
 Engines are generators of Step, one per removal, so that the caller can save after each; resuming is
 passing the blocks already removed as `done`. `exhaustive` is the paper's loop, `cached` shares work
 between candidates and iterations and gives the same numbers bit for bit, `race` stops scoring a
-candidate once it is clearly behind (approximate).
+candidate once it is clearly behind (approximate), `streamed` walks layer by layer for a model that does
+not fit the device.
 
     for step in cached(decoder, decoder.blocks("mix"), windows, n=12, batch_size=8):
         print(step.block, step.perplexity)
@@ -90,7 +91,52 @@ def race(
     yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, confidence)
 
 
-ENGINES = {"cached": cached, "race": race, "exhaustive": exhaustive}
+def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
+    """Yield the same Steps as `exhaustive`, bit for bit, with all candidates passing a layer before the next layer.
+
+    For a model that does not fit the device: an offloaded layer's weights are moved there once in an
+    iteration. Each candidate's states of all windows are held instead, on the device as far as
+    DEVICE_SHARE of its free memory goes, beyond that in host memory.
+    """
+    removed, batches = list(done), windows.split(batch_size)
+    streams = [decoder.embed(ids) for ids in batches]
+    store = Store(int(DEVICE_SHARE * free_bytes(decoder.input_device)[0]))
+
+    def step_all(i, kinds, states):
+        moved = []
+        for h, stream in zip(states, streams, strict=True):
+            moved.append(store.put(decoder.run(i, kinds, store.get(h, stream.h), stream)))
+            store.drop(h)
+        return moved
+
+    while len(removed) < n:
+        clock = _Clock(decoder)
+        left = _left(blocks, removed)
+        base, states = [stream.h for stream in streams], {}
+        for i in range(decoder.n_layers):
+            kinds = decoder.kinds(i, removed)
+            with decoder.resident(i):
+                for block in states:
+                    states[block] = step_all(i, kinds, states[block])
+                for block in [block for block in left if block.layer == i]:
+                    rest = decoder.kinds(i, {*removed, block})
+                    states[block] = [decoder.run(i, rest, h, stream) for h, stream in zip(base, streams, strict=True)]
+                base = [decoder.run(i, kinds, h, stream) for h, stream in zip(base, streams, strict=True)]
+        scores = {}
+        for block in left:
+            losses = [
+                decoder.token_losses(store.get(h, stream.h), ids)
+                for h, stream, ids in zip(states.pop(block), streams, batches, strict=True)
+            ]
+            scores[block] = _score(losses, windows.shape[1])
+            if progress:
+                progress(block, len(windows), scores[block])
+        step = _decide(scores, scores, None, clock)
+        removed.append(step.block)
+        yield step
+
+
+ENGINES = {"cached": cached, "race": race, "exhaustive": exhaustive, "streamed": streamed}
 
 
 def _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, confidence):

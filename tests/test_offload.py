@@ -1,0 +1,98 @@
+"""Layer streaming: an offloaded model gives the numbers of one in memory, and moves each layer once."""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from command_line import ROOT
+from families import V, toy
+
+from lib.blocks import Decoder
+from lib.model import load_model
+from lib.search import exhaustive, streamed
+
+WINDOWS = torch.randint(V, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "bloom", "falcon-40b", "mixtral"])
+def test_streamed_is_exhaustive_bit_for_bit(name):
+    decoder = Decoder(toy(name))
+    for block_type in ("mix", "mlp"):
+        expected = list(exhaustive(decoder, decoder.blocks(block_type), WINDOWS, 3, batch_size=2))
+        steps = list(streamed(decoder, decoder.blocks(block_type), WINDOWS, 3, batch_size=2))
+        assert [(s.block, s.scores) for s in steps] == [(s.block, s.scores) for s in expected]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "bloom", "mixtral"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_offloaded_model_gives_the_same_numbers(toy_folder, name, dtype):
+    folder = toy_folder(name)
+    inside, _ = load_model(folder, dtype)
+    outside, _ = load_model(folder, dtype, offload=True)
+    spread = Decoder(outside)
+    assert all(p.is_meta for p in spread.layers.parameters()), "the layers' weights are not in memory"
+    plain = Decoder(inside)
+    expected = list(exhaustive(plain, plain.blocks(), WINDOWS, 3, batch_size=2))
+    steps = list(streamed(spread, spread.blocks(), WINDOWS, 3, batch_size=2))
+    assert [(s.block, s.scores) for s in steps] == [(s.block, s.scores) for s in expected]
+    assert all(p.is_meta for p in spread.layers.parameters()), "each layer went back"
+
+
+def test_each_layer_is_moved_once_in_an_iteration(toy_folder, monkeypatch):
+    from accelerate.hooks import AlignDevicesHook
+
+    model, _ = load_model(toy_folder("llama"), "fp32", offload=True)
+    decoder = Decoder(model)
+    moves, plain = [], AlignDevicesHook.pre_forward
+
+    def counted(hook, module, *args, **kwargs):
+        moves.append(hook.offload)
+        return plain(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(AlignDevicesHook, "pre_forward", counted)
+    next(streamed(decoder, decoder.blocks(), WINDOWS, 1, batch_size=1))
+    modules = [m for m in decoder.layers.modules() if list(m.parameters(recurse=False))]
+    assert sum(moves) == len(modules)
+
+
+MEMORY = """
+import sys, threading, torch
+torch.set_num_threads(1)
+from lib.blocks import Decoder
+from lib.model import load_model
+from lib.search import streamed
+_, folder, small, how = sys.argv
+rss = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+next(streamed(d := Decoder(load_model(small, "bf16", offload=True)[0]), d.blocks(), torch.arange(64).view(2, 32), 1))
+before, peak, done = rss(), [0], threading.Event()
+def watch():
+    while not done.wait(0.002):
+        peak[0] = max(peak[0], rss())
+model, _ = load_model(folder, "bf16", offload=how == "offload")
+threading.Thread(target=watch).start()
+decoder = Decoder(model)
+next(streamed(decoder, decoder.blocks(), torch.arange(64).view(2, 32), 1))
+done.set()
+print(peak[0] - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its own memory as Linux shows it")
+def test_weights_of_four_times_the_memory_are_searched(toy_folder, tmp_path):
+    """Peak anonymous memory of a search; float32 files computed in bf16, so that no weight is a view of its file."""
+    folder = tmp_path / "big"
+    shutil.copytree(toy_folder("llama"), folder)
+    model = toy("llama", vocab_size=256, hidden_size=256, intermediate_size=4096, num_hidden_layers=16)
+    model.save_pretrained(folder)
+    weights = 2 * sum(p.numel() for p in model.parameters())
+
+    def peak(how):
+        command = [sys.executable, "-c", MEMORY, str(folder), str(toy_folder("llama")), how]
+        # toy weights are small enough for glibc to keep once freed; real ones always go back to the system
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
+        return int(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout)
+
+    assert peak("offload") < weights / 4
+    assert peak("inside") > weights, "the measure sees weights that are in memory"
