@@ -44,7 +44,7 @@ def start(script, *words, python=(), **environment):
 
 def shell(script, *words, **options):
     process = start(script, *words, **options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return Run(process.returncode, out, err)
 
 

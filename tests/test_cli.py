@@ -145,7 +145,7 @@ def test_a_killed_search_resumes_to_the_same_order_and_scores(call, toy_folder, 
     path = tmp_path / "killed" / name
     process = start("block_search.py", *flags(**given, ppl_search_path=path.parent))
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 600
         while not path.exists():
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.002)
