@@ -77,7 +77,7 @@ def main(argv=None):
             print(f"nothing to do: {path} holds {len(order)} removals searched with these settings")
             print_summary(path, order[:n], meta)
             return
-        model, _ = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code, args.offload)
+        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code, args.offload)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
     blocks = decoder.blocks(args.block_type)

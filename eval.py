@@ -58,10 +58,9 @@ def main(argv=None):
         documents = corpus.documents
         if args.cal_nsamples:
             documents = data.sample_documents(documents, args.cal_nsamples, args.seed)
-        windows = data.cut_windows(
-            documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
-        )[: args.limit.get(None)]
-        model, tokenizer = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+        windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)[: args.limit.get(None)]
+        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
     searched = Path(str(meta.get("model", args.model_path))).name

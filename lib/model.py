@@ -3,7 +3,8 @@
 Everything that can be refused is refused on the configuration alone (`skeleton`), before any
 weight is read; a checkpoint that would leave weights at random values is refused after it.
 
-    model, tokenizer = load_model("models/Llama-2-7b-hf", "bf16", "cuda")
+    model = load_model("models/Llama-2-7b-hf", "bf16", "cuda")
+    tokenizer = load_tokenizer("models/Llama-2-7b-hf")
 """
 import contextlib
 import functools
@@ -25,7 +26,7 @@ HINTS = {  # what to do where a part of a model cannot be read
 
 
 def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offload=False):
-    """Return (model, tokenizer): the model in eval mode, without gradients, on `device`.
+    """Return the model at `path` in eval mode, without gradients, on `device`.
 
     path: hub id, folder, or .gguf file (dequantised to dense weights of `dtype`).
     dtype: a key of DTYPES. device: "cpu", "cuda", "cuda:1"; plain "cuda" spreads a model that the
@@ -36,7 +37,6 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
     from transformers import AutoModelForCausalLM
 
     where, gguf = locate(path)
-    config = load_config(path, trust_remote_code)
     kwargs = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
     kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
     if offload and gguf:
@@ -49,7 +49,7 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
     if gguf:
         kwargs |= {"gguf_file": gguf, **_dequantise()}
     else:
-        kwargs["config"] = config
+        kwargs["config"] = load_config(path, trust_remote_code)
     with _readable(path, "weights"), _quiet():
         model, info = AutoModelForCausalLM.from_pretrained(where, **kwargs)
     mismatched = sorted(info["mismatched_keys"])
@@ -68,7 +68,7 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
     if device_map is None:
         model.to(device)
     model.eval().requires_grad_(False)
-    return model, load_tokenizer(path, trust_remote_code)
+    return model
 
 
 def skeleton(path, trust_remote_code=False):

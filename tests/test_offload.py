@@ -29,8 +29,8 @@ def test_streamed_is_exhaustive_bit_for_bit(name):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_offloaded_model_gives_the_same_numbers(toy_folder, name, dtype):
     folder = toy_folder(name)
-    inside, _ = load_model(folder, dtype)
-    outside, _ = load_model(folder, dtype, offload=True)
+    inside = load_model(folder, dtype)
+    outside = load_model(folder, dtype, offload=True)
     spread = Decoder(outside)
     assert all(p.is_meta for p in spread.layers.parameters()), "the layers' weights are not in memory"
     plain = Decoder(inside)
@@ -43,7 +43,7 @@ def test_an_offloaded_model_gives_the_same_numbers(toy_folder, name, dtype):
 def test_each_layer_is_moved_once_in_an_iteration(toy_folder, monkeypatch):
     from accelerate.hooks import AlignDevicesHook
 
-    model, _ = load_model(toy_folder("llama"), "fp32", offload=True)
+    model = load_model(toy_folder("llama"), "fp32", offload=True)
     decoder = Decoder(model)
     moves, plain = [], AlignDevicesHook.pre_forward
 
@@ -65,12 +65,12 @@ from lib.model import load_model
 from lib.search import streamed
 _, folder, small, how = sys.argv
 rss = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-next(streamed(d := Decoder(load_model(small, "bf16", offload=True)[0]), d.blocks(), torch.arange(64).view(2, 32), 1))
+next(streamed(d := Decoder(load_model(small, "bf16", offload=True)), d.blocks(), torch.arange(64).view(2, 32), 1))
 before, peak, done = rss(), [0], threading.Event()
 def watch():
     while not done.wait(0.002):
         peak[0] = max(peak[0], rss())
-model, _ = load_model(folder, "bf16", offload=how == "offload")
+model = load_model(folder, "bf16", offload=how == "offload")
 threading.Thread(target=watch).start()
 decoder = Decoder(model)
 next(streamed(decoder, decoder.blocks(), torch.arange(64).view(2, 32), 1))
