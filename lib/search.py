@@ -120,14 +120,16 @@ def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
                     states[block] = step_all(i, kinds, states[block])
                 for block in [block for block in left if block.layer == i]:
                     rest = decoder.kinds(i, {*removed, block})
-                    states[block] = [decoder.run(i, rest, h, stream) for h, stream in zip(base, streams, strict=True)]
+                    states[block] = [
+                        store.put(decoder.run(i, rest, h, stream)) for h, stream in zip(base, streams, strict=True)
+                    ]
                 base = [decoder.run(i, kinds, h, stream) for h, stream in zip(base, streams, strict=True)]
         scores = {}
         for block in left:
-            losses = [
-                decoder.token_losses(store.get(h, stream.h), ids)
-                for h, stream, ids in zip(states.pop(block), streams, batches, strict=True)
-            ]
+            losses = []
+            for h, stream, ids in zip(states.pop(block), streams, batches, strict=True):
+                losses.append(decoder.token_losses(store.get(h, stream.h), ids))
+                store.drop(h)
             scores[block] = _score(losses, windows.shape[1])
             if progress:
                 progress(block, len(windows), scores[block])

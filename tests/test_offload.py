@@ -25,6 +25,22 @@ def test_streamed_is_exhaustive_bit_for_bit(name):
         assert [(s.block, s.scores) for s in steps] == [(s.block, s.scores) for s in expected]
 
 
+def test_every_state_put_away_is_dropped_once(monkeypatch):
+    """The device's budget holds only while puts and drops pair up; on a CPU nothing else would show it."""
+    held = {}
+
+    def put(store, h):
+        kept = h.clone()
+        held[id(kept)] = kept
+        return kept
+
+    monkeypatch.setattr("lib.search.Store.put", put)
+    monkeypatch.setattr("lib.search.Store.drop", lambda store, kept: held.pop(id(kept)))
+    decoder = Decoder(toy("llama"))
+    for _ in streamed(decoder, decoder.blocks(), WINDOWS, 2, batch_size=2):
+        assert held == {}
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "bloom", "mixtral"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_offloaded_model_gives_the_same_numbers(toy_folder, name, dtype):
