@@ -1,9 +1,13 @@
 """The engines against a brute-force search by plain forward passes, and against each other, bit for bit."""
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
+from command_line import ROOT
 from families import TOYS, V, toy
 
 from lib.blocks import Block, Decoder
@@ -214,3 +218,43 @@ def test_a_target_that_equals_the_padding_token_counts():
         logits[:, :-1].transpose(1, 2).double(), windows[:, 1:], reduction="none"
     ).sum(1)
     torch.testing.assert_close(window_losses(Decoder(model), windows, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+PEAK = """
+import sys, threading, torch
+torch.set_num_threads(1)
+sys.path.insert(0, "tests")
+from families import toy
+from lib.blocks import Decoder
+from lib.search import cached, exhaustive
+decoder = Decoder(toy("llama", hidden_size=64, num_hidden_layers=8))
+windows = torch.randint(96, (32, 128))
+rss = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+def peak(engine, **options):
+    before, most, done = rss(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.01):
+            most[0] = max(most[0], rss())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    list(engine(decoder, decoder.blocks(), windows, 2, batch_size=16, **options))
+    done.set()
+    thread.join()
+    return most[0] - before
+list(exhaustive(decoder, decoder.blocks(), windows[:4], 1))  # whatever torch sets up once
+print(peak(exhaustive), *[peak(cached, cache_bytes=int(budget)) for budget in sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its own memory as Linux shows it")
+def test_cached_takes_what_exhaustive_takes_and_its_budget():
+    """Peak anonymous memory; keeping everything takes 8 states of 1 MiB for the base model and up to 56 more."""
+    budgets = [0, 12 * 2**20, 10**9]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}  # freed states go back to the system
+    command = [sys.executable, "-c", PEAK, *map(str, budgets)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    plain, nothing, some, everything = map(int, done.stdout.split())
+    slack = 4 * 2**20  # small tensors and the allocator's own
+    assert nothing <= plain + slack
+    assert some <= plain + budgets[1] + slack
+    assert everything > plain + budgets[1] + slack, "the measure sees what is kept"
