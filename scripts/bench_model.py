@@ -55,8 +55,10 @@ def parse_args(argv=None):
     parser.add_argument("--ppl-search-file", default=None, help="order file of the one MODEL, for --del-block-num")
     parser.add_argument("--del-block-num", type=flags.count, nargs="+", metavar="K", default=None,
                         help="removals to compare; 0 is the dense model")  # fmt: skip
-    parser.add_argument("--batch-sizes", type=flags.positive, nargs="+", default=[1, 8], help="prompts at a time")
-    parser.add_argument("--prompt-lengths", type=flags.positive, nargs="+", default=[128, 512], help="tokens a prompt")
+    parser.add_argument("--batch-sizes", type=flags.positive, nargs="+", metavar="N", default=[1, 8],
+                        help="prompts at a time")  # fmt: skip
+    parser.add_argument("--prompt-lengths", type=flags.positive, nargs="+", metavar="N", default=[128, 512],
+                        help="tokens a prompt")  # fmt: skip
     parser.add_argument("--new-tokens", type=flags.positive, default=32, help="tokens each; the first by the prefill")
     parser.add_argument("--repeats", type=flags.positive, default=5, help="timed turns of each model")
     parser.add_argument("--threads", type=flags.positive, default=None, help="CPU threads; torch's choice when absent")
