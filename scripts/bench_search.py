@@ -1,7 +1,7 @@
 """Time the search engines against each other: same model, same text, same K, one process.
 
-Engines take turns removal by removal, so that a noisy machine slows all of them; the first removal of
-each is run once before, alone, as warm-up and to read its peak memory. Seconds are medians over
+Engines take turns removal by removal, so that a noisy machine slows all of them; one evaluation before
+is warm-up. Peak memory is what an engine's first removal adds at most. Seconds are medians over
 --rounds. The formula row of an order is what sharing work can give: exhaustive n^2 against
 n^2 (1 - x^2) / 2 for n blocks left and the last removal at the fraction x of the depth.
 
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines, help="engines to time")
     parser.add_argument("--rounds", type=flags.positive, default=1, help="times everything is run; medians are shown")
     parser.add_argument("--exhaustive-steps", type=flags.positive, default=None,
-                        help="time so many exhaustive removals, scale by the exact count of evaluations")  # fmt: skip
+                        help="time so many exhaustive removals, scale by the block forwards of all")  # fmt: skip
     parser.add_argument("--cache-gb", type=flags.size, default=None, help="memory for kept states, GiB")
     parser.add_argument("--race-confidence", type=flags.size, default=4.0, help="as in block_search.py")
     parser.add_argument("--race-batch-size", type=flags.positive, default=1, help="windows per decision of the race")
@@ -51,7 +51,8 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib.blocks import Decoder
-    from lib.measure import device_name, peak_memory
+    from lib.evaluate import window_losses
+    from lib.measure import device_name
     from lib.model import check_device, default_device, parameter_count
     from lib.orders import to_json, write_json
 
@@ -68,17 +69,18 @@ def main(argv=None):
           f"{args.device}, {args.compute_dtype}")  # fmt: skip
     print(f"text     {len(windows)} windows of {windows.shape[1]} = {windows.numel():,} tokens, K = {K}", flush=True)
 
-    memory = {name: peak_memory(lambda e=name: next(engine(args, e, decoder, blocks, windows)), args.device)
-              for name in args.engines}  # fmt: skip
+    for batch_size in {args.ppl_eval_batch_size, args.race_batch_size}:
+        window_losses(decoder, windows[:batch_size], batch_size)
     rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
-    results = {name: summarise(name, args, [r[name] for r in rounds], len(blocks)) for name in args.engines}
+    n, total = len(blocks), len(decoder.blocks())
+    results = {name: summarise(name, args, [r[name] for r in rounds], n, total) for name in args.engines}
     orders = {name: [str(s.block) for s in rounds[0][name]] for name in args.engines}
     flops = block_flops(decoder, windows.shape[1])
     peak = matrix_peak(args) if str(args.device).startswith("cuda") else None
     base = results.get("exhaustive")
     reference = rounds[0].get("cached") or rounds[0].get("exhaustive")
     for name, result in results.items():
-        result["peak_memory_mib"] = memory[name] / 2**20
+        result["peak_memory_mib"] = rounds[0][name][0].peak_memory / 2**20
         result["tokens_per_second"] = result["evaluated_tokens"] / result["seconds"]
         result["tflops"] = sum(flops[k] * n for k, n in result.pop("forwards").items()) / 1e12
         result["tflops_per_second"] = result["tflops"] / result["seconds"]
@@ -120,43 +122,56 @@ def engine(args, name, decoder, blocks, windows):
 
 def interleave(args, decoder, blocks, windows):
     """Run the engines removal by removal in turns; return {engine: [Step with forwards per kind]}."""
-    from lib.measure import synchronize
+    from lib.measure import peak_memory, synchronize
+
+    def take(name):
+        before, start = decoder.counts.copy(), time.perf_counter()
+        step = next(running[name])
+        synchronize(args.device)
+        steps[name].append(Timed(step, time.perf_counter() - start, decoder.counts - before))
 
     running = {name: engine(args, name, decoder, blocks, windows) for name in args.engines}
     steps = {name: [] for name in args.engines}
     for k in range(args.del_block_num):
-        for name, generator in running.items():
+        for name in args.engines:
             if name == "exhaustive" and args.exhaustive_steps and k >= args.exhaustive_steps:
                 continue
-            before, start = decoder.counts.copy(), time.perf_counter()
-            step = next(generator)
-            synchronize(args.device)
-            seconds = time.perf_counter() - start
-            steps[name].append(Timed(step, seconds, decoder.counts - before))
+            memory = peak_memory(lambda e=name: take(e), args.device)
+            step, seconds = steps[name][-1], steps[name][-1].seconds
+            step.peak_memory = memory
             print(f"{k + 1:4d}  {name:10s} {step.block!s:6s} {step.perplexity:12.4f} {seconds:9.2f} s", flush=True)
     return steps
 
 
 class Timed:
-    """A Step, its wall seconds with the device synchronised, and its forwards by kind."""
+    """A Step, its wall seconds with the device synchronised, its forwards by kind, and its peak memory."""
 
     def __init__(self, step, seconds, forwards):
         self.block, self.scores, self.windows = step.block, step.scores, step.windows
+        self.perplexity, self.peak_memory = step.perplexity, None
         self.block_forwards, self.head_forwards = step.block_forwards, step.head_forwards
         self.seconds, self.forwards = seconds, forwards
 
 
-def summarise(name, args, runs, n):
-    """Return seconds (median of runs), forwards and evaluations of one engine, scaled up where steps were left out."""
-    steps = runs[0]
-    done = sum(n - k for k in range(len(steps)))
-    factor = sum(n - k for k in range(args.del_block_num)) / done
+def summarise(name, args, runs, n, total):
+    """Return seconds (median of runs), forwards and evaluations of one engine, scaled up where steps were left out.
+
+    n: candidates at the start; total: blocks of the model. Removal k is n - k evaluations of total - k - 1
+    blocks each; seconds are scaled as block forwards are, which is a little less than evaluations would give.
+    """
+    steps, K = runs[0], args.del_block_num
+    heads = sum(n - k for k in range(K)) / sum(n - k for k in range(len(steps)))
+    factor = sum((n - k) * (total - k - 1) for k in range(K))
+    factor /= sum((n - k) * (total - k - 1) for k in range(len(steps)))
     return {
         "seconds": factor * statistics.median(sum(s.seconds for s in run) for run in runs),
         "block_forwards": factor * sum(s.block_forwards for s in steps),
-        "head_forwards": factor * sum(s.head_forwards for s in steps),
-        "evaluated_tokens": factor * sum(s.head_forwards for s in steps) * args.ppl_eval_seqlen,
-        "forwards": {k: factor * sum(s.forwards[k] for s in steps) for k in ("mha", "mlp", "head")},
+        "head_forwards": heads * sum(s.head_forwards for s in steps),
+        "evaluated_tokens": heads * sum(s.head_forwards for s in steps) * args.ppl_eval_seqlen,
+        "forwards": {
+            kind: scale * sum(s.forwards[kind] for s in steps)
+            for kind, scale in (("mha", factor), ("mlp", factor), ("head", heads))
+        },
         "steps_timed": len(steps),
         "scaled_by": factor,
     }
@@ -254,7 +269,7 @@ def print_table(results):
         ])  # fmt: skip
     flags.print_aligned(rows)
     if any(r["scaled_by"] > 1 for r in results.values()):
-        print("* timed on its first removals and scaled by the exact number of evaluations")
+        print("* timed on its first removals and scaled by the exact number of block forwards")
 
 
 if __name__ == "__main__":
