@@ -22,6 +22,7 @@ import math
 
 import torch
 
+from lib.candidates import starts
 from lib.evaluate import OBJECTIVES
 from lib.search import NoFiniteCandidate, cached, streamed
 from lib.similarity import similarities
@@ -161,11 +162,6 @@ def window_ppl(decoder, n, windows, *, batch_size=8, first=0, last=0, progress=N
 WINDOW_METRICS = {"angular": angular, "window_ppl": window_ppl, "window_cos": window_cos}
 
 
-def starts(n_layers, n, first=0, last=0):
-    """Return where a window of n layers can start: range(first, n_layers - last - n + 1)."""
-    return range(first, n_layers - last - n + 1)
-
-
 # ---- what metrics need ---------------------------------------------------------------------------
 
 
@@ -189,7 +185,7 @@ def check_weights(decoder, units, metric, gradients=False):
 
 @contextlib.contextmanager
 def _gradients(model, parameters):
-    """Within this context a backward pass adds to {id(p): gradients in float32 or better}; the model is as before after."""
+    """Within this context a backward pass adds to {id(p): gradient}, float32 or better; the model is restored."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     sums, hooks = {}, []
 
