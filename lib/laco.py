@@ -23,6 +23,7 @@ from torch import nn
 
 from lib.blocks import KINDS, Block
 from lib.importance import check_weights
+from lib.model import quiet
 from lib.orders import write_json
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a configuration with one value a layer
@@ -187,7 +188,8 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(temporary)
+        with quiet():
+            model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_json(temporary / "laco.json", (record or {}) | {
@@ -196,7 +198,8 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
             "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
             "threshold": collapsed.threshold,
         })  # fmt: skip
-        again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype).to(decoder.input_device).eval()
+        with quiet():
+            again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype).to(decoder.input_device).eval()
         with torch.inference_mode():
             found = again(input_ids=ids, use_cache=False).logits[0].float().cpu()
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
