@@ -13,11 +13,15 @@ from reprlib import repr as brief
 from lib.blocks import KINDS, Block
 
 
-def order_path(folder, model_path, block_type, dataset, nsamples):
-    """Return the reference's file name: <model>_<type>_<dataset>_ns_<n>_del_order_list.json."""
+def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
+    """Return the reference's file name: <model>_<type>_<dataset>_ns_<n>_del_order_list.json.
+
+    Of another metric than the reference's the name follows the type: <model>_<type>_<metric>_<dataset>_...
+    """
     name = os.path.basename(os.path.abspath(model_path))  # "." and ".." have a name too
     model = Path(name).stem if name.endswith(".gguf") else name
     data = Path(dataset).stem if Path(dataset).suffix else dataset
+    block_type = block_type if metric == "ppl" else f"{block_type}_{metric}"
     return Path(folder).expanduser() / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
 
 
@@ -74,12 +78,17 @@ def save_order(path, order, meta):
 
 
 def write_json(path, value):
-    """Write JSON under a temporary name beside `path`, then rename it: a crash leaves the old file."""
+    """Write JSON as `write_file` does."""
+    write_file(path, (_lines(value) + "\n").encode())
+
+
+def write_file(path, data):
+    """Write bytes under a temporary name beside `path`, then rename it: a crash leaves the old file."""
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(_lines(value) + "\n", encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
