@@ -118,7 +118,7 @@ class Decoder:
         self.family = FAMILIES[type(self.layers[0]).__name__]
         self.removed = set()
         self.counts = Counter()
-        self._parts = [self._find_parts(layer) for layer in self.layers]
+        self._parts = [_find_parts(layer, self.family) for layer in self.layers]
         self.split = self._prove()
 
     @property
@@ -218,11 +218,7 @@ class Decoder:
 
     def block_parameters(self, blocks):
         """Return how many parameters go with `blocks`, norms included; those already removed count nothing."""
-        gone = {}
-        for i in {block[1] for block in blocks}:
-            for _, module, _ in self._swaps(i, [k for k in KINDS if (k, i) in {*blocks, *self.removed}]):
-                gone |= {id(p): p.numel() for p in module.parameters()}
-        return sum(gone.values())
+        return _count(self._parts, {*blocks, *self.removed})
 
     def remove(self, blocks):
         """Take `blocks` out of the model for good and free their weights; the layer shells stay."""
@@ -240,27 +236,6 @@ class Decoder:
             torch.cuda.empty_cache()
 
     # ---- masking: swap sub-modules for stand-ins -------------------------------------------------
-
-    def _find_parts(self, layer):
-        """Return [(name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked."""
-
-        def present(names):
-            return [name for name in names if getattr(layer, name, None) is not None]
-
-        row, parts = self.family, []
-        norms = {"mha": present(row.mha_norms), "mlp": present(row.mlp_norms)}
-        for kind in KINDS:
-            names = present(getattr(row, kind))
-            if not names:
-                raise ValueError(
-                    f"{type(layer).__name__} has none of the modules {', '.join(getattr(row, kind))} that its row of "
-                    "FAMILIES in lib/blocks.py names; correct the row"
-                )
-            parts += [(n, getattr(layer, n), nn.Identity(), {kind}) for n in names[:-1]]
-            parts.append((names[-1], getattr(layer, names[-1]), _AddNothing(getattr(layer, names[-1])), {kind}))
-            owners = {kind} if norms["mlp"] else set(KINDS)
-            parts += [(n, getattr(layer, n), nn.Identity(), owners) for n in norms[kind]]
-        return parts
 
     def _swaps(self, i, kinds):
         return [part[:3] for part in self._parts[i] if part[3] <= set(kinds)]
@@ -362,6 +337,43 @@ def find_layers(model):
         f"{type(model).__name__}: unknown decoder layer {' + '.join(classes) or '(no layer list found)'}; add a row to "
         "FAMILIES in lib/blocks.py that names its attention, its MLP and their norms, and a toy to tests/families.py"
     )
+
+
+def block_parameters(layers, blocks):
+    """Return how many parameters go with `blocks`, norms included; no weights and no proof are needed."""
+    return _count([_find_parts(layer, FAMILIES[type(layer).__name__]) for layer in layers], blocks)
+
+
+def _find_parts(layer, row):
+    """Return [(name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked."""
+
+    def present(names):
+        return [name for name in names if getattr(layer, name, None) is not None]
+
+    parts = []
+    norms = {"mha": present(row.mha_norms), "mlp": present(row.mlp_norms)}
+    for kind in KINDS:
+        names = present(getattr(row, kind))
+        if not names:
+            raise ValueError(
+                f"{type(layer).__name__} has none of the modules {', '.join(getattr(row, kind))} that its row of "
+                "FAMILIES in lib/blocks.py names; correct the row"
+            )
+        parts += [(n, getattr(layer, n), nn.Identity(), {kind}) for n in names[:-1]]
+        parts.append((names[-1], getattr(layer, names[-1]), _AddNothing(getattr(layer, names[-1])), {kind}))
+        owners = {kind} if norms["mlp"] else set(KINDS)
+        parts += [(n, getattr(layer, n), nn.Identity(), owners) for n in norms[kind]]
+    return parts
+
+
+def _count(parts, blocks):
+    gone = {}
+    for i in {block[1] for block in blocks}:
+        kinds = {kind for kind in KINDS if (kind, i) in set(blocks)}
+        for _, module, _, owners in parts[i]:
+            if owners <= kinds:
+                gone |= {id(p): p.numel() for p in module.parameters()}
+    return sum(gone.values())
 
 
 class _AddNothing(nn.Module):
