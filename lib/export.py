@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 
 from lib import modeling_blockpruned as modeling
-from lib.blocks import block_parameters
+from lib.blocks import Block, block_parameters
 from lib.checkpoint import Entry, Source, write_shards
-from lib.model import load_tokenizer, parameter_count, readable
+from lib.model import load_tokenizer, parameter_count, quiet, readable
+from lib.orders import check_order
 
 # Fields of a configuration that hold one value for each layer, and the branch that they describe.
 PER_LAYER = {"layer_types": "mha", "no_rope_layers": "mha", "mlp_layer_types": "mlp"}
@@ -52,6 +53,7 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     """
     check_target(folder, path, overwrite)
     source = Source(path, compute_dtype, trust_remote_code)
+    check_order(removed, source.n_layers, "the order")
     format = choose(source, removed) if format == "auto" else format
     total = parameter_count(source.bare)
     kept = total - block_parameters(source.layers, removed)
@@ -88,10 +90,11 @@ def repack(n_layers, removed, mix=True):
 
 
 def choose(source, removed):
-    """Return the format of "auto": "stock" where the model can have it, else "hf"."""
+    """Return the format of "auto": "stock" where the model can have it, else "hf"; raise ValueError for neither."""
     try:
         stock_config(source, removed)
     except ValueError:
+        anchored(source, removed)
         return "hf"
     return "stock"
 
@@ -139,7 +142,7 @@ def write_hf(source, removed, folder, info):
     _save_config(source, config, folder)
     verify(model_class, config, entries)
     return _python("AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)") + (
-        f"\n\n`{Path(modeling.__file__).name}` beside the weights is all the code there is; it builds on the classes of "
+        f"\n\nThe code is `{Path(modeling.__file__).name}` beside the weights; it builds on the classes of "
         "transformers 5. A program that does not run it refuses the model type.\n"
     )
 
@@ -150,8 +153,8 @@ def write_zeroed(source, removed, folder, info):
     on_stream = getattr(config, "apply_residual_connection_post_layernorm", False)
     if on_stream or not getattr(config, "do_layer_norm_before", True):
         raise ValueError(
-            f"--format zeroed: {type(source.layers[0]).__name__} normalises the residual stream itself in this model, so "
-            "a block with zero weights still changes it; the nearest format is hf"
+            f"--format zeroed: {type(source.layers[0]).__name__} normalises the residual stream itself in this model, "
+            "so that a block with zero weights still changes it; the nearest format is hf"
         )
     config.pruning_info = info
     outputs = set()  # the last module of a branch writes to the stream; files may have names that memory has not
@@ -184,11 +187,13 @@ def stock_config(source, removed):
     layers = repack(source.n_layers, removed, mix=not source.parallel)
     short = [layer for layer in layers if None in layer]
     if short or not layers:
-        what = f"{short[0].mha is None and 'mlp' or 'mha'}{max(i for i in short[0] if i is not None)}" if short else ""
-        reason = f"{what} is left without its other half" if short else "no layer is left"
+        reason, nearest = "no layer is left", "zeroed"
+        if short:
+            block = next(Block(kind, i) for kind, i in short[0]._asdict().items() if i is not None)
+            reason, nearest = f"{block} is left without its other half", "hf"
         raise ValueError(
-            f"--format stock: {reason}, and {type(source.bare).__name__} has whole layers only; the nearest format is "
-            + ("hf" if short else "zeroed")
+            f"--format stock: {reason}, and {type(source.bare).__name__} has whole layers only; "
+            f"the nearest format is {nearest}"
         )
     config = copy.deepcopy(source.config)
     for field, value in reindexed(source, layers).items():
@@ -208,7 +213,7 @@ def stock_config(source, removed):
 
 
 def reindexed(source, layers):
-    """Return {field: value} of the configuration's fields that change when `layers`, all of them whole, are its layers."""
+    """Return {field: value} of the configuration's fields that change when `layers`, all whole, are its layers."""
     config, n = source.config, source.n_layers
     values = config.to_dict()
     changed = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(layers)}
@@ -218,7 +223,7 @@ def reindexed(source, layers):
             continue
         if branch and len(value) == n:
             changed[field] = [value[getattr(layer, branch)] for layer in layers]
-    if "mlp_only_layers" in values:  # dense layers among those of experts; every other one of a step, too
+    if "mlp_only_layers" in values:  # layers without experts, which are also those between the steps
         step, dense = values.get("decoder_sparse_step") or 1, values["mlp_only_layers"] or []
         dense = {i for i in range(n) if i in dense or (i + 1) % step}
         changed |= {"mlp_only_layers": [k for k, layer in enumerate(layers) if layer.mlp in dense]}
@@ -245,15 +250,13 @@ def anchored(source, removed):
             chains.append([layer])
     if not chains or all(layer.mha is None for layer in chains[0]):
         raise ValueError(
-            f"--format hf: no attention of {name} is left, and the cache lives in attentions; the nearest format is zeroed"
+            f"--format hf: no attention of {name} is left, and the cache needs one; the nearest format is zeroed"
         )
     return chains
 
 
 def verify(model_class, config, entries):
     """Raise ValueError unless the model of `config` takes exactly the tensors of `entries`; reads no weights."""
-    from lib.model import quiet
-
     state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
     with quiet(), torch.device("meta"):
         _, info = model_class.from_pretrained(
@@ -267,7 +270,7 @@ def verify(model_class, config, entries):
 # ---- what lies around the weights ----------------------------------------------------------------------------
 
 
-def check_target(folder, path, overwrite):
+def check_target(folder, path, overwrite=False):
     """Raise ValueError where `folder` is taken: by files, or with `overwrite` by anything but an earlier export."""
     folder = Path(folder).expanduser()
     if folder.is_file():
@@ -283,7 +286,7 @@ def check_target(folder, path, overwrite):
     except (OSError, ValueError):
         ours = False
     if not ours:
-        raise ValueError(f"--output-dir {folder}: holds something else than an export; empty it or give another folder")
+        raise ValueError(f"--output-dir {folder}: holds other things than an export; empty it or give another folder")
 
 
 @contextlib.contextmanager
@@ -305,7 +308,7 @@ def _complete_or_nothing(folder):
 
 
 def _copy_small_files(source, folder, trust_remote_code):
-    """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks for it."""
+    """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
     if source.gguf:
         load_tokenizer(source.path, trust_remote_code).save_pretrained(folder)
         source.generation_config.save_pretrained(folder)
@@ -340,7 +343,8 @@ def card(source, info, how_to_load):
     lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, found by BlockPruner:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
     lines += ["| | base | pruned |", "|---|---|---|"]
-    lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} (-{info['removed_percent']:.2f} %) |"]
+    less = f"(-{info['removed_percent']:.2f} %)"
+    lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} {less} |"]
     measured = [(info, f"{search.get('dataset', 'calibration')}, the search's text")]
     measured += [(info["evaluated"], info["evaluated"]["dataset"])] if info["evaluated"] else []
     for values, text in measured:
@@ -354,7 +358,8 @@ def _licence(readme):
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     header = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     pairs = [line.partition(":")[::2] for line in header.splitlines()]
-    return {k: v.strip().strip("\"'") for k, v in pairs if k in ("license", "license_name", "license_link") and v.strip()}
+    keys = ("license", "license_name", "license_link")
+    return {key: value.strip().strip("\"'") for key, value in pairs if key in keys and value.strip()}
 
 
 def _python(call):

@@ -107,7 +107,7 @@ class _Nothing(nn.Module):
         self.is_attention = is_attention  # attentions return their weights too
 
     def forward(self, *args, **kwargs):
-        given = dict(zip(self.names, args)) | kwargs
+        given = dict(zip(self.names, args, strict=False)) | kwargs
         out = given["residual"] if "residual" in given else torch.zeros_like(given[self.names[0]])
         return (out, None) if self.is_attention else out
 
