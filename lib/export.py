@@ -41,6 +41,12 @@ class Layer(NamedTuple):
     mha: int | None
     mlp: int | None
 
+    def blocks(self):
+        return [Block(kind, i) for kind, i in self._asdict().items() if i is not None]
+
+    def __str__(self):
+        return " ".join(map(str, self.blocks()))
+
 
 def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=False, trust_remote_code=False,
            meta=(), versions=(), evaluated=None):  # fmt: skip
@@ -105,8 +111,8 @@ def choose(source, removed):
 def write_stock(source, removed, folder, info):
     """The original class with fewer layers. Refused where a layer would be incomplete, or changes with its place."""
     config, layers = stock_config(source, removed)
-    config.pruning_info = info | {"source_blocks": [list(layer) for layer in layers]}
-    entries = source.relabelled({(kind, i): k for k, layer in enumerate(layers) for kind, i in layer._asdict().items()})
+    config.pruning_info = info | {"source_blocks": [str(layer) for layer in layers]}
+    entries = source.relabelled({block: k for k, layer in enumerate(layers) for block in layer.blocks()})
     write_shards(folder, entries)
     _save_config(source, config, folder)
     verify(type(source.bare), config, entries)
@@ -128,14 +134,14 @@ def write_hf(source, removed, folder, info):
     config = config_class.from_dict(values | changed | {
         "model_type": config_class.model_type, "architectures": [names[-1]],
         "auto_map": {key: f"{Path(modeling.__file__).stem}.{name}" for key, name in auto.items()},
-        "source_blocks": [[list(layer) for layer in chain] for chain in chains], "source_fields": fields,
+        "source_blocks": [", ".join(map(str, chain)) for chain in chains], "source_fields": fields,
         "block_modules": {"layer": type(source.layers[0]).__name__, **row}, "pruning_info": info,
     })  # fmt: skip
     labels = {}
     for k, chain in enumerate(chains):
         for j, layer in enumerate(chain):
             label = str(k) if len(chain) == 1 else f"{k}.steps.{j}"
-            labels |= {(kind, i): label for kind, i in layer._asdict().items() if i is not None}
+            labels |= dict.fromkeys(layer.blocks(), label)
     entries = source.relabelled(labels)
     write_shards(folder, entries)
     shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
@@ -189,8 +195,7 @@ def stock_config(source, removed):
     if short or not layers:
         reason, nearest = "no layer is left", "zeroed"
         if short:
-            block = next(Block(kind, i) for kind, i in short[0]._asdict().items() if i is not None)
-            reason, nearest = f"{block} is left without its other half", "hf"
+            reason, nearest = f"{short[0]} is left without its other half", "hf"
         raise ValueError(
             f"--format stock: {reason}, and {type(source.bare).__name__} has whole layers only; "
             f"the nearest format is {nearest}"
@@ -202,7 +207,7 @@ def stock_config(source, removed):
         bare = type(source.bare)(type(config).from_dict(config.to_dict()))
     moved = _find(bare, type(source.layers[0]))
     for k, layer in enumerate(layers):
-        for kind, i in layer._asdict().items():
+        for kind, i in layer.blocks():
             differ = _difference(source, kind, source.layers[i], moved[k])
             if differ:
                 raise ValueError(

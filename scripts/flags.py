@@ -42,7 +42,7 @@ def add_model_flags(parser):
 def add_removal_flags(parser, required=False):
     parser.add_argument("--ppl-search-file", help="order file to replay; not needed for the dense model", default=None)
     group = parser.add_mutually_exclusive_group(required=required)
-    group.add_argument("--del-block-num", type=count, default=0, help="removals to replay")
+    group.add_argument("--del-block-num", type=count, default=None, help="removals to replay")
     group.add_argument("--del-ratio", type=fraction, default=None, metavar="R",
                        help="fewest removals that take this share of the parameters, from 0 to 1")  # fmt: skip
 
@@ -105,7 +105,7 @@ def read_removals(args):
                 raise ValueError(f"{flag} {value}: which blocks? give the order with --ppl-search-file")
         return [], {}
     order, meta = read_order(args.ppl_search_file)
-    if args.del_block_num > len(order):
+    if (args.del_block_num or 0) > len(order):
         raise ValueError(f"--del-block-num {args.del_block_num}: {args.ppl_search_file} holds {len(order)} "
                          f"removals; use 0..{len(order)}")  # fmt: skip
     return order, meta
@@ -124,7 +124,7 @@ def check_removals(args, order, meta, bare):
     check_whole(bare.config, args.model_path)
     check_order(order, len(layers), args.ppl_search_file, meta)
     if args.del_ratio is None:
-        return order[: args.del_block_num]
+        return order[: args.del_block_num or 0]
     total = parameter_count(bare)
     for k in range(len(order) + 1):
         share = block_parameters(layers, order[:k]) / total
