@@ -182,8 +182,8 @@ def check_space(folder, nbytes):
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     if nbytes > free:
         raise ValueError(
-            f"--output-dir {folder}: {nbytes / 2**30:,.2f} GiB to write, {free / 2**30:,.2f} GiB free on that disk; "
-            "free some or give a folder on another disk"
+            f"{folder}: {nbytes / 2**30:,.2f} GiB to write, {free / 2**30:,.2f} GiB free on that disk; "
+            "free some, or give a folder on another disk"
         )
 
 
@@ -244,30 +244,21 @@ def _weight_files(folder):
 
 def _read_files(files):
     """Return {name: Entry} of weight files; nothing is read but their headers."""
+    from safetensors import safe_open
+
     stored, dtypes = {}, {code: dtype for dtype, code in CODES.items()}
     for file in files:
         if file.suffix == ".bin":
             stored |= _entries(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
             continue
-        opened = _open(file)
+        opened = safe_open(file, framework="pt", device="cpu")
         for name in opened.keys():
             part = opened.get_slice(name)
             if part.get_dtype() not in dtypes:
                 raise ValueError(f"{name} is stored as {part.get_dtype()}: a quantised checkpoint")
-            load = functools.partial(_read, file, name)
+            load = functools.partial(opened.get_tensor, name)
             stored[name] = Entry(name, tuple(part.get_shape()), dtypes[part.get_dtype()], load)
     return stored
-
-
-def _read(file, name):
-    return _open(file).get_tensor(name)
-
-
-@functools.lru_cache(maxsize=2)
-def _open(file):
-    from safetensors import safe_open
-
-    return safe_open(file, framework="pt", device="cpu")
 
 
 def _entries(state):

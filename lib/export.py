@@ -261,15 +261,19 @@ def anchored(source, removed):
 
 
 def verify(model_class, config, entries):
-    """Raise ValueError unless the model of `config` takes exactly the tensors of `entries`; reads no weights."""
+    """Raise ValueError unless `entries` are all that the model of `config` needs, in its shapes; reads no weights."""
     state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
     with quiet(), torch.device("meta"):
         _, info = model_class.from_pretrained(
             None, config=copy.deepcopy(config), state_dict=state, device_map="meta", output_loading_info=True
         )
-    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
-    if wrong:
-        raise ValueError(f"{model_class.__name__} does not take the weights written: {wrong}")
+    for key in ("missing_keys", "mismatched_keys", "error_msgs"):  # what is left over is ignored by every loader
+        wrong = sorted(map(str, info.get(key, ())))
+        if wrong:
+            raise ValueError(
+                f"the export would be no {model_class.__name__} ({key.replace('_', ' ')}: {', '.join(wrong[:3])}); "
+                "give a complete source and the config.json it was saved with"
+            )
 
 
 # ---- what lies around the weights ----------------------------------------------------------------------------
@@ -279,19 +283,19 @@ def check_target(folder, path, overwrite=False):
     """Raise ValueError where `folder` is taken: by files, or with `overwrite` by anything but an earlier export."""
     folder = Path(folder).expanduser()
     if folder.is_file():
-        raise ValueError(f"--output-dir {folder}: a file; give a folder")
+        raise ValueError(f"{folder}: a file; give a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"--output-dir {folder}: exists and is not empty; pass --overwrite, or give another folder")
+        raise ValueError(f"{folder}: is not empty; give another folder (scripts.export may --overwrite an export)")
     if Path(path).exists() and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-        raise ValueError(f"--output-dir {folder}: holds the model itself; give another folder")
+        raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
         ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
     if not ours:
-        raise ValueError(f"--output-dir {folder}: holds other things than an export; empty it or give another folder")
+        raise ValueError(f"{folder}: holds other things than an export; empty it or give another folder")
 
 
 @contextlib.contextmanager
@@ -306,6 +310,8 @@ def _complete_or_nothing(folder):
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists():
@@ -340,7 +346,7 @@ def perplexities(removed, meta):
 
 def card(source, info, how_to_load):
     """Return the model card: YAML for the hub, then what was removed and how to load the rest."""
-    front = {"base_model": info["base_model"], **_licence(source.folder / "README.md")}
+    front = {"base_model": info["base_model"], **_licence(source)}
     front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "blockpruner"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     n, search = len(info["removed"]), info["search"]
@@ -358,8 +364,14 @@ def card(source, info, how_to_load):
     return "\n".join([*lines, "", "## Loading it", "", how_to_load.strip(), ""])
 
 
-def _licence(readme):
-    """Return the licence fields in the YAML header of the base's card."""
+def _licence(source):
+    """Return the licence fields of a .gguf file's metadata, else of the YAML header of the base's card."""
+    if source.gguf:
+        from gguf import GGUFReader
+
+        field = GGUFReader(source.path).fields.get("general.license")
+        return {"license": field.contents()} if field else {}
+    readme = source.folder / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     header = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     pairs = [line.partition(":")[::2] for line in header.splitlines()]
