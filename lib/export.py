@@ -25,6 +25,12 @@ from lib.orders import check_order
 
 # Fields of a configuration that hold one value for each layer, and the branch that they describe.
 PER_LAYER = {"layer_types": "mha", "no_rope_layers": "mha", "mlp_layer_types": "mlp"}
+# Fields that say the same as such a list, for readers that know no list: layer p, 2p, 3p, ... is of this kind.
+PATTERNS = {
+    "sliding_window_pattern": ("layer_types", "full_attention"),
+    "_sliding_window_pattern": ("layer_types", "full_attention"),
+    "no_rope_layer_interval": ("no_rope_layers", 0),
+}
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
@@ -228,6 +234,12 @@ def reindexed(source, layers):
             continue
         if branch and len(value) == n:
             changed[field] = [value[getattr(layer, branch)] for layer in layers]
+    for field, (listed, kind) in PATTERNS.items():
+        if values.get(field) and listed in changed:
+            every = [value == kind for value in changed[listed]]
+            fits = (p for p in (values[field], *range(2, len(layers) + 2))
+                    if every == [(k + 1) % p == 0 for k in range(len(layers))])  # fmt: skip
+            changed[field] = next(fits, 0)  # no pattern: a reader that needs one must not find the old one
     if "mlp_only_layers" in values:  # layers without experts, which are also those between the steps
         step, dense = values.get("decoder_sparse_step") or 1, values["mlp_only_layers"] or []
         dense = {i for i in range(n) if i in dense or (i + 1) % step}

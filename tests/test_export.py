@@ -172,11 +172,26 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 @pytest.mark.parametrize("name, changes, removed, expected", (
     ("gemma3", {}, ("mha0", "mlp0"), {"layer_types": [FULL, SLIDING], "num_hidden_layers": 2}),
     ("gemma3", {}, ("mlp0", "mha1"), {"layer_types": [SLIDING, SLIDING], "num_hidden_layers": 2}),
+    (
+        "gemma3", {"sliding_window_pattern": 2}, ("mha0", "mlp0"),
+        {"layer_types": [FULL, SLIDING], "sliding_window_pattern": 0},
+    ),
+    (
+        "gemma3", {"sliding_window_pattern": 2}, ("mha1", "mlp1"),
+        {"layer_types": [SLIDING, SLIDING], "sliding_window_pattern": 3},
+    ),
     ("gemma2", {}, ("mha0", "mlp0"), {"layer_types": [FULL, SLIDING]}),
     ("cohere2", {}, ("mha1", "mlp1"), {"layer_types": [SLIDING, SLIDING]}),
     ("qwen2-sliding", {}, ("mha0", "mlp0"), {"layer_types": [SLIDING, SLIDING], "max_window_layers": 0}),
     ("qwen2-sliding", {}, ("mlp1", "mha2"), {"layer_types": [FULL, SLIDING], "max_window_layers": 1}),
-    ("smollm3", {"no_rope_layer_interval": 2}, ("mha0", "mlp0"), {"no_rope_layers": [0, 1]}),
+    (
+        "smollm3", {"no_rope_layer_interval": 2}, ("mha0", "mlp0"),
+        {"no_rope_layers": [0, 1], "no_rope_layer_interval": 0},
+    ),
+    (
+        "smollm3", {"no_rope_layer_interval": 2}, ("mha2", "mlp2"),
+        {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    ),
     ("qwen2-moe", {}, ("mha0", "mlp0"), {"mlp_only_layers": [0]}),
     ("qwen2-moe", {}, ("mlp0", "mha1"), {"mlp_only_layers": [0]}),
     ("qwen2-moe", {}, ("mha1", "mlp1"), {"mlp_only_layers": []}),

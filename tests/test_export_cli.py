@@ -71,10 +71,15 @@ def logits(model, ids=IDS):
 
 
 def test_one_command_makes_a_folder_that_transformers_loads(toy_folder, order, tmp_path):
-    out = tmp_path / "new" / "out"
-    words = flags(model_path=toy_folder(), ppl_search_file=order, del_block_num=3, output_dir=out)
-    run = shell("scripts.export", *words, python=("-m",))
-    assert run.code == 0 and run.err == "", run
+    """A real process; the model is a hub's, in the cache of a machine without network."""
+    out, revision = tmp_path / "new" / "out", "0123456789" * 4
+    cache = tmp_path / "home" / "hub" / "models--owner--model"
+    shutil.copytree(toy_folder(), cache / "snapshots" / revision)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(revision)
+    words = flags(model_path="owner/model", ppl_search_file=order, del_block_num=3, output_dir=out)
+    run = shell("scripts.export", *words, python=("-m",), HF_HOME=str(tmp_path / "home"))
+    assert run.code == 0 and run.err == f"warning: the order was searched on {toy_folder().name}\n", run
     assert os.listdir(out.parent) == ["out"]
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     dense = AutoModelForCausalLM.from_pretrained(toy_folder()).eval()
@@ -83,6 +88,7 @@ def test_one_command_makes_a_folder_that_transformers_loads(toy_folder, order, t
     text = "Nothing but words."
     assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(toy_folder())(text)
     result, info = run.result, model.config.pruning_info
+    assert info["base_model"] == "owner/model"
     assert result["export"] == str(out) and result["format"] == "hf" and result["perplexity"] == 23.0
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
     assert result["dense_parameters"] == sum(p.numel() for p in dense.parameters())
@@ -222,7 +228,7 @@ def test_a_target_that_is_taken_is_refused(refuses, write, toy_folder, text, tmp
     (foreign / "thesis.tex").write_text("years of work")
     refuses("other things than an export", output_dir=foreign, overwrite=True)
     refuses("holds the model itself", model_path=out, output_dir=out, overwrite=True)
-    refuses("other things than an export", output_dir=toy_folder().parent, overwrite=True, model_path=toy_folder("gpt2"))
+    refuses("other things than an export", output_dir=toy_folder().parent, overwrite=True)
 
 
 def test_a_full_disk_leaves_nothing_behind(refuses, write, monkeypatch, tmp_path):
@@ -310,11 +316,10 @@ def test_a_model_with_code_of_its_own_keeps_it_or_is_refused(refuses, write, toy
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto}
     (folder / "config.json").write_text(json.dumps(config))
     refuses("code of its own", "--trust-remote-code", model_path=folder)
-    refuses(
-        "OwnForCausalLM is code of the checkpoint's own", "stock", model_path=folder, trust_remote_code=True, format="hf"
-    )
+    own = dict(model_path=folder, trust_remote_code=True)
+    refuses("OwnForCausalLM is code of the checkpoint's own", "nearest format is stock", **own, format="hf")
     save_order(tmp_path / "stock.json", [Block("mha", 1), Block("mlp", 1)], {"layers": 3, "model": "own"})
-    run = write(model_path=folder, trust_remote_code=True, ppl_search_file=tmp_path / "stock.json", del_block_num=2)
+    run = write(**own, ppl_search_file=tmp_path / "stock.json", del_block_num=2)
     assert run.code == 0 and run.result["format"] == "stock", run
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     dense = AutoModelForCausalLM.from_pretrained(toy_folder()).eval()
