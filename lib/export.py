@@ -20,7 +20,7 @@ import torch
 from lib import modeling_blockpruned as modeling
 from lib.blocks import Block, block_parameters
 from lib.checkpoint import Entry, Source, write_shards
-from lib.model import load_tokenizer, parameter_count, quiet, readable
+from lib.model import locate, parameter_count, quiet, readable
 from lib.orders import check_order
 
 # Fields of a configuration that hold one value for each layer, and the branch that they describe.
@@ -77,7 +77,7 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     }  # fmt: skip
     with _complete_or_nothing(folder) as temporary:
         how_to_load = FORMATS[format](source, removed, temporary, info)
-        _copy_small_files(source, temporary, trust_remote_code)
+        _copy_small_files(source, temporary, format, trust_remote_code)
         (temporary / "README.md").write_text(card(source, info, how_to_load), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return {"export": str(folder), **info, "bytes": size}
@@ -122,7 +122,7 @@ def write_stock(source, removed, folder, info):
     write_shards(folder, entries)
     _save_config(source, config, folder)
     verify(type(source.bare), config, entries)
-    return _python("AutoModelForCausalLM.from_pretrained(PATH)")
+    return _python("PATH")
 
 
 def write_hf(source, removed, folder, info):
@@ -153,7 +153,7 @@ def write_hf(source, removed, folder, info):
     shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
     _save_config(source, config, folder)
     verify(model_class, config, entries)
-    return _python("AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)") + (
+    return _python("PATH, trust_remote_code=True") + (
         f"\n\nThe code is `{Path(modeling.__file__).name}` beside the weights; it builds on the classes of "
         "transformers 5. A program that does not run it refuses the model type.\n"
     )
@@ -183,7 +183,7 @@ def write_zeroed(source, removed, folder, info):
     write_shards(folder, entries)
     _save_config(source, config, folder)
     verify(type(source.bare), config, entries)
-    return _python("AutoModelForCausalLM.from_pretrained(PATH)") + (
+    return _python("PATH") + (
         "\n\nThe removed blocks are there, with weights of zero: this checkpoint is as large and as slow as its base.\n"
     )
 
@@ -330,10 +330,18 @@ def _complete_or_nothing(folder):
             shutil.rmtree(old) if folder.exists() else old.rename(folder)
 
 
-def _copy_small_files(source, folder, trust_remote_code):
+def _copy_small_files(source, folder, format, trust_remote_code):
     """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
+    from transformers import AutoTokenizer
+
+    if source.gguf or (format == "hf" and any(source.folder.glob("tokenizer*"))):
+        # transformers chooses a tokenizer's class by model type, too; under a new type the file has to name it
+        with readable(source.path, "tokenizer"), quiet():
+            where, gguf = locate(source.path)
+            kwargs = {"gguf_file": gguf} if gguf else {}
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
+            tokenizer.save_pretrained(folder)
     if source.gguf:
-        load_tokenizer(source.path, trust_remote_code).save_pretrained(folder)
         source.generation_config.save_pretrained(folder)
         return
     patterns = (*TOKENIZER_FILES, "*.py") if getattr(source.config, "auto_map", None) else TOKENIZER_FILES
@@ -391,10 +399,11 @@ def _licence(source):
     return {key: value.strip().strip("\"'") for key, value in pairs if key in keys and value.strip()}
 
 
-def _python(call):
+def _python(arguments):
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = {call}\ntokenizer = AutoTokenizer.from_pretrained(PATH)\n```"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n```"
     )
 
 

@@ -12,8 +12,8 @@ def parse_args(argv=None):
     flags.add_removal_flags(parser, required=True)
     parser.add_argument("--output-dir", help="folder of the new checkpoint; made when missing")
     parser.add_argument("--format", choices=("auto", "stock", "hf", "zeroed"), default="auto",
-                        help="stock: plain checkpoint with fewer layers; hf: brings a modeling file; auto: stock, else hf; "
-                             "zeroed: full size, for comparison")  # fmt: skip
+                        help="stock: plain checkpoint with fewer layers; hf: brings a modeling file; "
+                             "auto: stock, else hf; zeroed: full size, for comparison")  # fmt: skip
     parser.add_argument("--compute-dtype", choices=flags.DTYPES, default=None,
                         help="dtype of the new weights; as they are stored when absent (.gguf: bf16)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")

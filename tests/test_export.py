@@ -1,4 +1,4 @@
-"""Pruned checkpoints against the masked model: every family, every gap, loaded by a process that knows nothing of us."""
+"""Pruned checkpoints against the masked model: every family, every gap, loaded by a process without this library."""
 import json
 import os
 import shutil
@@ -27,7 +27,7 @@ GAPS = {  # of three layers: what is removed
     "empty first, attention-only middle": ("mha0", "mlp0", "mlp1"),
     "MLP-only middle, empty last": ("mha1", "mha2", "mlp2"),
 }
-WHOLE = {  # gaps that leave whole layers: an attention with the MLP of another layer only where branches are not parallel
+WHOLE = {  # gaps that leave whole layers, the second only where branches are not parallel
     "an empty layer": ("mha1", "mlp1"),
     "attention and MLP of two layers": ("mlp0", "mha1"),
 }
@@ -321,10 +321,9 @@ def test_a_loader_without_the_code_refuses(saved, tmp_path):
 
 def test_lm_eval_runs_the_harnesss_own_hf_model_on_an_export(toy_folder, tmp_path, monkeypatch, modules_cache):
     pytest.importorskip("lm_eval.tasks")
+    from lib import tasks
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
-
-    from lib import tasks
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"goal": f"To count to {i}", "sol1": f"say {i}", "sol2": f"sing {7 * i}", "label": i % 2} for i in range(9)]
