@@ -247,6 +247,7 @@ def check(args):
     """Raise ValueError for whatever the flags, the configuration and the folders already tell; return Candidates."""
     from lib.blocks import find_layers
     from lib.candidates import candidates
+    from lib.checkpoint import check_whole
     from lib.data import check_dataset
     from lib.model import check_device, parameter_count, skeleton
 
@@ -255,6 +256,7 @@ def check(args):
     flags.check_folder(args.ppl_search_path, "--ppl-search-path")
     bare = skeleton(args.model_path, args.trust_remote_code)
     flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    check_whole(bare.config, args.model_path)
     return candidates(
         find_layers(bare), parameter_count(bare), args.block_type, args.del_block_num, args.target_ratio,
         args.protect_first, args.protect_last, consecutive=args.metric in WINDOWS,

@@ -480,8 +480,8 @@ def test_methods_that_cannot_be_are_refused(refused):
 
 
 def test_ratios_that_cannot_be_reached_are_refused(refused):
-    refused("--target-ratio", "'1.0'", "between 0 and 1", target_ratio="1.0", del_block_num=None)
-    refused("--target-ratio", "'few'", "between 0 and 1", target_ratio="few", del_block_num=None)
+    refused("--target-ratio", "'1.5'", "share from 0 to 1", target_ratio="1.5", del_block_num=None)
+    refused("--target-ratio", "'few'", "share from 0 to 1", target_ratio="few", del_block_num=None)
     refused("--target-ratio", "--del-block-num", "not allowed", target_ratio="0.2", del_block_num=2)
     for changes in ({}, {"block_type": "layer"}, {"block_type": "layer", "metric": "angular"}):
         refused(

@@ -183,7 +183,7 @@ def test_laco_refuses_in_one_line(run, toy_folder, tmp_path):
     refused("[1, 3)", threshold=0.5, highest=3)
     refused("[0, 7)", threshold=0.5, lowest=0, highest=7)
     refused("--merge-layers 1", threshold=0.5, merge_layers=1)
-    refused("--threshold", "between 0 and 1", threshold=2)
+    refused("--threshold", "share from 0 to 1", threshold=2)
     refused("MixtralDecoderLayer", "experts", "another method", threshold=0.5, merge_layers=2,
             model_path=toy_folder("mixtral"))  # fmt: skip
     refused("no such file or folder", threshold=0.5, model_path=tmp_path / "nowhere")

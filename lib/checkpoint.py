@@ -1,0 +1,278 @@
+"""A checkpoint as named tensors, read and written one at a time.
+
+A pruned copy of a model needs none of its arithmetic, so no model is built: tensors go from file to
+file, and the memory that takes is that of the largest of them. Their names in the file tell layer and
+block (`Source.place`); names in memory would not do, because transformers renames and fuses weights
+while loading.
+
+    source = Source("models/Llama-2-7b-hf")
+    write_shards("copy", [source.entry(name) for name in source.names()])
+"""
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lib.blocks import FAMILIES, KINDS, find_layers
+from lib.model import DTYPES, load_config, load_model, locate, readable, skeleton
+
+SHARD_BYTES = 5 * 10**9
+CODES = {  # the names of safetensors
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?)\.)(\d+)\.(.+)")
+INDEX = {"model.safetensors": "model.safetensors.index.json", "pytorch_model.bin": "pytorch_model.bin.index.json"}
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: `load()` gives it, in this shape and dtype."""
+
+    name: str
+    shape: tuple
+    dtype: torch.dtype
+    load: Callable
+
+    @property
+    def nbytes(self):
+        n = self.dtype.itemsize
+        for size in self.shape:
+            n *= size
+        return n
+
+
+class Place(NamedTuple):
+    """Where a layer's tensor belongs: its name is `{head}{layer}.{rest}`, and it goes with the last of `kinds`."""
+
+    head: str
+    layer: int
+    rest: str
+    kinds: tuple
+
+
+class Source:
+    """The checkpoint at a folder, hub id or .gguf file, its weights still in their files (a .gguf: in memory).
+
+    compute_dtype: a key of lib.model.DTYPES, or None for the dtype each tensor is stored in (.gguf: bf16).
+    config: transformers' configuration. bare: the model without weights. layers, n_layers, family: its
+    decoder layers, their number, and their row of FAMILIES. parallel: whether attention and MLP of a
+    layer read the same state, so that an attention and the MLP of another layer are no layer.
+    native: whether the model's code is transformers' own. No weights are read before they are asked for.
+    Raises ValueError, one line, for what cannot be read, and for a checkpoint that is quantised or pruned.
+    """
+
+    def __init__(self, path, compute_dtype=None, trust_remote_code=False):
+        self.path = str(path)
+        self.config = load_config(path, trust_remote_code)
+        quantised = getattr(self.config, "quantization_config", None)
+        if quantised:
+            method = (quantised if isinstance(quantised, dict) else quantised.to_dict()).get("quant_method", "?")
+            raise ValueError(
+                f"--model-path {path}: quantised ({method}), and packed weights are not pruned here; give the dense "
+                "checkpoint and quantise the export"
+            )
+        check_whole(self.config, path)
+        self.bare = skeleton(path, trust_remote_code)
+        self.native = type(self.bare).__module__.startswith("transformers.")
+        self.layers = find_layers(self.bare)
+        self.n_layers = len(self.layers)
+        self.family = FAMILIES[type(self.layers[0]).__name__]
+        self._shared_norm = not any(getattr(self.layers[0], name, None) is not None for name in self.family.mlp_norms)
+        flags = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+        self.parallel = self._shared_norm or any(getattr(self.config, flag, False) for flag in flags)
+        where, self.gguf = locate(path)
+        self.dtype = DTYPES[compute_dtype or "bf16"] if self.gguf or compute_dtype else None
+        self._where = where
+
+    @functools.cached_property
+    def folder(self):
+        """Where the files lie; a hub model is downloaded now."""
+        return Path(self._where) if Path(self._where).is_dir() else _snapshot(self._where)
+
+    @functools.cached_property
+    def _stored(self):
+        with readable(self.path, "weights"):
+            stored = self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
+        found = {place.layer for place in map(self.place, stored) if place}
+        if found != set(range(self.n_layers)):
+            raise ValueError(
+                f"--model-path {self.path}: weights of {len(found)} layers, where config.json says {self.n_layers}; "
+                "give a complete checkpoint"
+            )
+        return stored
+
+    def names(self):
+        """Return the names of all tensors, as the files have them."""
+        return list(self._stored)
+
+    def tensor(self, name):
+        """Return one tensor, on the CPU."""
+        with readable(self.path, "weights"):
+            tensor = self._stored[name].load()
+        return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
+
+    def entry(self, name, new_name=None):
+        """Return the Entry that writes a tensor, under another name where one is given."""
+        _, shape, dtype, _ = self._stored[name]
+        dtype = self.dtype if self.dtype and dtype.is_floating_point else dtype
+        return Entry(new_name or name, shape, dtype, lambda: self.tensor(name))
+
+    def place(self, name):
+        """Return the Place of a tensor, None for one outside the layers (embeddings, final norm, head)."""
+        match = LAYER.fullmatch(name)
+        if match is None:
+            return None
+        head, layer, rest = match.groups()
+        module, row = rest.split(".")[0], self.family
+        if module in (*row.mlp, *row.mlp_norms):
+            kinds = ("mlp",)
+        elif module in (*row.mha, *row.mha_norms):
+            kinds = KINDS if module in row.mha_norms and self._shared_norm else ("mha",)
+        else:
+            raise ValueError(
+                f"--model-path {self.path}: {name}: the row of {type(self.layers[0]).__name__} of FAMILIES in "
+                f"lib/blocks.py has no {module}, so that nobody knows which block it goes with; correct the row"
+            )
+        return Place(head, int(layer), rest, kinds)
+
+    def relabelled(self, where):
+        """Return the Entries of a checkpoint whose blocks have moved.
+
+        where: {(kind, layer): what stands for the layer's number in the new name}; blocks that it does
+        not hold are left out. Tensors outside the layers stay.
+        """
+        entries = []
+        for name in self.names():
+            place = self.place(name)
+            if place is None:
+                entries.append(self.entry(name))
+                continue
+            labels = {where[kind, place.layer]: None for kind in place.kinds if (kind, place.layer) in where}
+            entries += [self.entry(name, f"{place.head}{label}.{place.rest}") for label in labels]
+        return entries
+
+    def _read_gguf(self):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        model = load_model(self.path, dtype)
+        self.generation_config = model.generation_config
+        tied = set(model.all_tied_weights_keys)
+        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+        return _entries(revert_weight_conversion(model, state))
+
+
+def check_whole(config, path):
+    """Raise ValueError for an export of format hf: its blocks are not numbered as those of a whole model."""
+    if hasattr(config, "source_blocks"):
+        raise ValueError(
+            f"--model-path {path}: a pruned export ({config.model_type}), whose blocks have moved; give its base model "
+            f"{config.pruning_info['base_model']}, and an order that removes more"
+        )
+
+
+def check_space(folder, nbytes):
+    """Raise ValueError unless the disk of `folder`, or of its nearest parent, has `nbytes` free."""
+    path = Path(folder).expanduser().absolute()
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    if nbytes > free:
+        raise ValueError(
+            f"{folder}: {nbytes / 2**30:,.2f} GiB to write, {free / 2**30:,.2f} GiB free on that disk; "
+            "free some, or give a folder on another disk"
+        )
+
+
+def write_shards(folder, entries, shard_bytes=SHARD_BYTES):
+    """Write entries as model.safetensors, or as numbered shards with an index as transformers does; return bytes.
+
+    One tensor at a time is in memory. Raises ValueError before writing where the disk is too small.
+    """
+    total = sum(entry.nbytes for entry in entries)
+    check_space(folder, total)
+    shards = [[]]
+    for entry in entries:
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        _write_file(Path(folder) / "model.safetensors", entries)
+        return total
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(Path(folder) / name, shard)
+        weight_map |= {entry.name: name for entry in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (Path(folder) / INDEX["model.safetensors"]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def _write_file(path, entries):
+    """Write one .safetensors file: length of the header, header, tensors; wide dtypes first, which aligns all."""
+    entries = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes],
+        }  # fmt: skip
+        offset += entry.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in entries:
+            tensor = entry.load()
+            assert (tuple(tensor.shape), tensor.dtype) == (tuple(entry.shape), entry.dtype), entry.name
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _weight_files(folder):
+    """Return the files that hold the weights: safetensors where there are any, as transformers chooses."""
+    for name, index in INDEX.items():
+        if (folder / index).is_file():
+            names = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / name for name in dict.fromkeys(names)]
+        if (folder / name).is_file():
+            return [folder / name]
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _read_files(files):
+    """Return {name: Entry} of weight files; nothing is read but their headers."""
+    from safetensors import safe_open
+
+    stored, dtypes = {}, {code: dtype for dtype, code in CODES.items()}
+    for file in files:
+        if file.suffix == ".bin":
+            stored |= _entries(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+            continue
+        opened = safe_open(file, framework="pt", device="cpu")
+        for name in opened.keys():
+            part = opened.get_slice(name)
+            if part.get_dtype() not in dtypes:
+                raise ValueError(f"{name} is stored as {part.get_dtype()}: a quantised checkpoint")
+            load = functools.partial(opened.get_tensor, name)
+            stored[name] = Entry(name, tuple(part.get_shape()), dtypes[part.get_dtype()], load)
+    return stored
+
+
+def _entries(state):
+    """Return {name: Entry} of tensors that are there already."""
+    return {name: Entry(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
+
+
+def _snapshot(name):
+    """Return the folder of a hub model, downloaded where it is not cached: safetensors, else .bin, and small files."""
+    from huggingface_hub import snapshot_download
+
+    small = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
+    for weights in ("*.safetensors", "pytorch_model*.bin"):
+        folder = Path(snapshot_download(name, allow_patterns=[*small, weights], ignore_patterns=["*/*"]))
+        if _weight_files(folder):
+            break
+    return folder

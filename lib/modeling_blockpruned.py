@@ -1,0 +1,141 @@
+"""A decoder from which single attention and MLP blocks are gone, built from transformers' own classes.
+
+This file lies beside the weights of a pruned checkpoint; load it with trust_remote_code=True. A class
+`BlockPruned<X>` is transformers' own X with other layers: layer k is the family's decoder layer around
+the k-th attention that was kept, and where MLPs follow one another, or come before the first attention, a
+chain of such layers in which the missing half is replaced by a module that adds nothing. No forward of a
+family is copied. There are as many layers as attentions, so every cache works as in the family.
+
+What the configuration says about it:
+    source_blocks   for each layer the blocks of the source that it runs: "mha4 mlp4, mlp5" is a chain of two steps
+    source_fields   the fields of the configuration that depend on the number of layers, as in the source
+    block_modules   the class of the family's decoder layer, and its sub-modules by branch
+"""
+import copy
+import inspect
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+PREFIX, MODEL_TYPE = "BlockPruned", "blockpruned_"
+
+
+def __getattr__(name):
+    """Make class BlockPruned<X>, a configuration or a model, from transformers' class X."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    base = getattr(transformers, name.removeprefix(PREFIX))
+    if issubclass(base, PreTrainedConfig):
+        made = type(name, (base,), {"model_type": MODEL_TYPE + base.model_type})
+        _convert_like(made.model_type, base.model_type)
+    elif issubclass(base, PreTrainedModel):
+        made = type(name, (_Pruned, base), {"config_class": _class(PREFIX + base.config_class.__name__)})
+        _convert_like(name, base.__name__)
+    else:
+        raise AttributeError(f"transformers' {base.__name__} is neither a configuration nor a model")
+    globals()[name] = made
+    return made
+
+
+def _class(name):
+    return globals().get(name) or __getattr__(name)
+
+
+def _convert_like(name, base):
+    """Give a new model type or class what transformers does to weights of `base` while loading (fusing experts)."""
+    mapping = get_checkpoint_conversion_mapping(base)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
+class _Pruned:
+    """Mixed into a family's model: replaces the layers that the family has built."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        kind, source = config.block_modules["layer"], copy.deepcopy(self.config)
+        for field, value in config.source_fields.items():
+            setattr(source, field, value)
+        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        layers = next(m for m in lists if type(m[0]).__name__ == kind)
+        family = type(layers[0])
+        for k, chain in enumerate(config.source_blocks):
+            chain = [{block[:3]: int(block[3:]) for block in step.split()} for step in chain.split(",")]
+            steps = [_step(family, source, step.get("mha"), step.get("mlp"), config.block_modules) for step in chain]
+            anchor = next(i for i, step in enumerate(chain) if "mha" in step)
+            layers[k] = steps[0] if len(steps) == 1 else _chain(family, steps, anchor)
+            for module in layers[k].modules():
+                if getattr(module, "layer_idx", None) is not None:
+                    module.layer_idx = k  # where the cache keeps this attention's keys and values
+                if getattr(module, "config", None) is source:
+                    module.config = self.config
+        self.post_init()
+
+
+def _step(family, source, mha, mlp, names):
+    """Return a decoder layer with the attention and the MLP of these source layers, without one that is None."""
+    layer = family(source, mlp if mha is None else mha)
+    own_norm = any(getattr(layer, name, None) is not None for name in names["mlp_norms"])
+    if mlp is None:
+        _leave_out(layer, names["mlp"], names["mlp_norms"], False)
+    elif mha is None:
+        _leave_out(layer, names["mha"], names["mha_norms"] if own_norm else (), True)
+    elif mha != mlp:
+        other = family(source, mlp)
+        for name in (*names["mlp"], *names["mlp_norms"]):
+            if getattr(other, name, None) is not None:
+                setattr(layer, name, getattr(other, name))
+    return layer
+
+
+def _leave_out(layer, branch, norms, is_attention):
+    """Replace a branch: of several modules the last one's output joins the stream."""
+    *before, last = [name for name in branch if getattr(layer, name, None) is not None]
+    for name in (*before, *(name for name in norms if getattr(layer, name, None) is not None)):
+        setattr(layer, name, nn.Identity())
+    setattr(layer, last, _Nothing(getattr(layer, last), is_attention))
+
+
+class _Nothing(nn.Module):
+    """Stands for a branch's last module and adds nothing: zeros, or the residual where the module adds it itself."""
+
+    def __init__(self, module, is_attention):
+        super().__init__()
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.is_attention = is_attention  # attentions return their weights too
+
+    def forward(self, *args, **kwargs):
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        out = given["residual"] if "residual" in given else torch.zeros_like(given[self.names[0]])
+        return (out, None) if self.is_attention else out
+
+
+def _chain(family, steps, anchor):
+    """Return one layer that runs several, to everyone else a layer of the family.
+
+    The steps are no longer instances of the family's class, so that hidden states are recorded once a
+    layer, and that a chain stays on one device. anchor: the step that has the attention.
+    """
+    for step in steps:
+        members = {k: v for k, v in vars(family).items() if k not in ("__dict__", "__weakref__", "__init__")}
+        step.__class__ = type(f"{family.__name__}Step", family.__bases__, members)
+    chain = object.__new__(type(family.__name__, (family,), {"forward": _run_chain, "__init__": nn.Module.__init__}))
+    nn.Module.__init__(chain)
+    for key, value in vars(steps[anchor]).items():
+        if not key.startswith("_") and key != "training":  # the attention's type, where a model asks its layers
+            setattr(chain, key, value)
+    chain.anchor, chain.steps = anchor, nn.ModuleList(steps)
+    return chain
+
+
+def _run_chain(self, hidden_states, *args, **kwargs):
+    rest = None
+    for i, step in enumerate(self.steps):
+        output = step(hidden_states, *args, **kwargs)
+        hidden_states = output[0] if isinstance(output, tuple) else output
+        if i == self.anchor and isinstance(output, tuple):
+            rest = output[1:]
+    return hidden_states if rest is None else (hidden_states, *rest)
