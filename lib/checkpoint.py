@@ -86,9 +86,14 @@ class Source:
         where, self.gguf = locate(path)
         self.dtype = DTYPES[compute_dtype or "bf16"] if self.gguf or compute_dtype else None
         self.folder = Path(where) if Path(where).is_dir() else _snapshot(where)
-        with readable(path, "weights"):
-            self._stored = self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
-        self._check_layers()
+        if not self.gguf:
+            self._check_layers()
+
+    @functools.cached_property
+    def _stored(self):
+        """{name: Entry}; a .gguf file, which is loaded whole for that, waits until somebody asks."""
+        with readable(self.path, "weights"):
+            return self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
 
     def names(self):
         """Return the names of all tensors, as the files have them."""

@@ -13,32 +13,28 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from lib import modeling_blockpruned as modeling
 from lib.blocks import block_parameters
 from lib.checkpoint import Entry, Source, write_shards
+from lib.export_decilm import write_decilm
+from lib.export_gguf import read_info, write_gguf
+from lib.layers import Layer, repack
 from lib.model import load_tokenizer, parameter_count, readable
 
 # Fields of a configuration that hold one value for each layer, and the branch that they describe.
 PER_LAYER = {"layer_types": "mha", "no_rope_layers": "mha", "mlp_layer_types": "mlp"}
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+    "chat_template*", "generation_config.json",
 )  # fmt: skip
+LICENCES = ("LICENSE*", "NOTICE*")
 SEARCH_KEYS = (  # what of an order's meta goes into the export
     "block_type", "dataset", "source", "split", "seed", "documents", "windows", "seqlen", "tokens", "text_sha256",
     "dtype", "engine", "approximate",
 )  # fmt: skip
-
-
-class Layer(NamedTuple):
-    """A decoder layer of the pruned model: the source layers of its attention and its MLP, None where absent."""
-
-    mha: int | None
-    mlp: int | None
 
 
 def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=False, trust_remote_code=False,
@@ -67,24 +63,6 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
         (temporary / "README.md").write_text(card(source, info, how_to_load), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return {"export": str(folder), **info, "bytes": size}
-
-
-def repack(n_layers, removed, mix=True):
-    """Return the kept blocks as Layers, in depth order.
-
-    An attention and the MLP that directly follows it share a layer, from different source layers only
-    where `mix` allows it (not in models whose branches are parallel).
-    """
-    layers, removed = [], set(removed)
-    for i in range(n_layers):
-        if ("mha", i) not in removed:
-            layers.append(Layer(i, None))
-        if ("mlp", i) not in removed:
-            if layers and layers[-1].mlp is None and (mix or layers[-1].mha == i):
-                layers[-1] = layers[-1]._replace(mlp=i)
-            else:
-                layers.append(Layer(None, i))
-    return layers
 
 
 def choose(source, removed):
@@ -176,7 +154,7 @@ def write_zeroed(source, removed, folder, info):
 # A format is a function (source, removed, folder, info) that writes weights and configuration to the empty
 # `folder` and returns how to load them, for the model card (Markdown). It raises ValueError, naming the
 # nearest format, for a model that cannot have it. info: what goes into the configuration as pruning_info.
-FORMATS = {"stock": write_stock, "hf": write_hf, "zeroed": write_zeroed}
+FORMATS = {"stock": write_stock, "hf": write_hf, "decilm": write_decilm, "gguf": write_gguf, "zeroed": write_zeroed}
 
 
 def stock_config(source, removed):
@@ -279,6 +257,9 @@ def check_target(folder, path, overwrite):
     if Path(path).exists() and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
         raise ValueError(f"--output-dir {folder}: holds the model itself; give another folder")
     try:
+        if (folder / "model.gguf").is_file():
+            read_info(folder / "model.gguf")
+            return
         ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
@@ -306,11 +287,14 @@ def _complete_or_nothing(folder):
 
 def _copy_small_files(source, folder, trust_remote_code):
     """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks for it."""
-    if source.gguf:
+    if (folder / "model.gguf").is_file():  # which holds the rest
+        patterns = LICENCES
+    elif source.gguf:
         load_tokenizer(source.path, trust_remote_code).save_pretrained(folder)
         source.generation_config.save_pretrained(folder)
         return
-    patterns = (*TOKENIZER_FILES, "*.py") if getattr(source.config, "auto_map", None) else TOKENIZER_FILES
+    else:
+        patterns = (*TOKENIZER_FILES, *LICENCES, *(["*.py"] if getattr(source.config, "auto_map", None) else []))
     for pattern in patterns:
         for file in source.folder.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
@@ -333,7 +317,8 @@ def perplexities(removed, meta):
 def card(source, info, how_to_load):
     """Return the model card: YAML for the hub, then what was removed and how to load the rest."""
     front = {"base_model": info["base_model"], **_licence(source.folder / "README.md")}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "blockpruner"]}
+    front |= {} if info["format"] in ("decilm", "gguf") else {"library_name": "transformers"}
+    front |= {"pipeline_tag": "text-generation", "tags": ["pruned", "blockpruner"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     n, search = len(info["removed"]), info["search"]
     lines += [f"# {Path(info['base_model']).stem} without {n} of its blocks", ""]
