@@ -160,7 +160,7 @@ def _entries(source, layers):
     where |= {("mlp", layer.mlp): i for i, layer in enumerate(layers)}
     for entry in source.relabelled(where):
         if ".mlp." in entry.name:
-            entry = _widened(entry, "down_proj" in entry.name, padded(config.intermediate_size))
+            entry = _widened(entry, int("down_proj" in entry.name), padded(config.intermediate_size))
         entries.append(entry)
     names, embedding = {entry.name for entry in entries}, source.entry(_embedding(source))
     if "lm_head.weight" not in names:

@@ -41,6 +41,7 @@ class Server:
                 lines = [line.split(" E ", 1)[1].strip() for line in log().splitlines() if " E " in line]
                 raise ValueError(f"{self.path}: llama.cpp does not load it ({'; '.join(lines[:2]) or error})") from None
             self.log = log()
+        self._complete([0], 1)  # a server that is stopped before its loop has started never ends
         return self
 
     def __exit__(self, *exception):
