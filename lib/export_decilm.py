@@ -38,6 +38,7 @@ class DeciLMConfig(LlamaConfig):
 
     def __init__(self, block_configs=(), **kwargs):
         super().__init__(**kwargs)
+        self.rope_theta = self.rope_parameters["rope_theta"]  # transformers 5 has it there alone
         self.block_configs = [
             Attributes({kind: Attributes(settings) for kind, settings in block.items()}) for block in block_configs
         ]
@@ -61,10 +62,11 @@ def write_decilm(source, removed, folder, info):
     write_shards(folder, _entries(source, layers))
     (folder / "config.json").write_text(json.dumps(_config(source, layers, info), indent=2) + "\n", encoding="utf-8")
     (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
-    zeroed = "Layer 0 has an attention of zeros, because runtimes expect one there.\n\n" if layers[0].mha is None else ""
+    zeroed = layers[0].mha is None
+    note = "Layer 0 has an attention of zeros, because runtimes expect one there.\n\n" if zeroed else ""
     return (
         "A Nemotron-NAS checkpoint (`DeciLMForCausalLM`), for runtimes that have this model built in; transformers "
-        f"has not.\n\n{zeroed}```bash\nmlx_lm.generate --model FOLDER --trust-remote-code --prompt ...\n"
+        f"has not.\n\n{note}```bash\nmlx_lm.generate --model FOLDER --trust-remote-code --prompt ...\n"
         "vllm serve FOLDER --trust-remote-code\n```"
     )
 

@@ -13,8 +13,9 @@ matrix there, which is zero here and keeps no cache.
 """
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -139,7 +140,9 @@ def read_gguf(path):
             for key, field in reader.fields.items()
             if not key.startswith("GGUF.")
         }
-        tensors = {t.name: Tensor(t.data.shape, t.data.dtype, t.tensor_type, lambda t=t: t.data) for t in reader.tensors}
+        tensors = {
+            t.name: Tensor(t.data.shape, t.data.dtype, t.tensor_type, lambda t=t: t.data) for t in reader.tensors
+        }
     model = Model(fields["general.architecture"].value, fields, tensors)
     _check_file(path, model, reader)
     return model
@@ -202,7 +205,9 @@ def from_checkpoint(source, removed):
             continue
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise ValueError(f"--model-path {source.path}: {name}: llama.cpp's {arch} has no such tensor; use --format hf")
+            raise ValueError(
+                f"--model-path {source.path}: {name}: llama.cpp's {arch} has no such tensor; use --format hf"
+            )
         tensors[new] = _tensor(source.entry(name))
         if arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
             tensors[new] = interleaved(tensors[new], heads if "attn_q" in new else kv_heads)
@@ -249,7 +254,10 @@ def _tensor(entry):
 
     dtype = torch.float32 if len(entry.shape) == 1 else entry.dtype
     if dtype not in FILE_TYPES:
-        raise ValueError(f"--format gguf: {entry.name} is {dtype}; weights are fp32, fp16 or bf16: give --compute-dtype")
+        raise ValueError(
+            f"--format gguf: {entry.name} is {dtype}, and a GGUF file's weights are fp32, fp16 or bf16; "
+            "give one of them as --compute-dtype"
+        )
 
     def load():
         tensor = entry.load().to(dtype).contiguous()

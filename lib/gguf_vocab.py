@@ -11,7 +11,9 @@ import json
 # What llama.cpp calls a byte-level tokenizer that splits text by these patterns, in this order, and
 # whether a piece that is a token is taken whole, without its merges (tokenizer.json: ignore_merges).
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-WORDS = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPLITS = {
     ((GPT2,), False): "gpt-2",
     ((r"\p{N}", GPT2), False): "smollm",
@@ -129,7 +131,7 @@ def _added_ends(tokenizer):
 
 def _refusal(reason):
     return ValueError(
-        f"--format gguf: llama.cpp has no equal of this tokenizer ({reason}); known are byte-level BPE that splits like "
-        f"{', '.join(SPLITS.values())}, and BPE with byte fallback (Llama 2, Mistral); give the model's .gguf file, "
+        f"--format gguf: llama.cpp has no equal of this tokenizer ({reason}); known are byte-level BPE that splits "
+        f"like {', '.join(SPLITS.values())}, and BPE with byte fallback (Llama 2, Mistral); give the model's .gguf file, "
         "whose vocabulary is copied, or use --format hf"
     )

@@ -1,6 +1,6 @@
 """Time .gguf files against each other in llama.cpp: prefill and decode tokens/s, and the size of the KV cache.
 
-The files take turns, so that a busy machine slows all of them; medians are printed, with the range.
+The files take turns, so that a busy machine slows all of them: medians, of the ratios within a round too.
 Needs `pip install xllamacpp`.
 
     python -m scripts.bench_gguf dense/model.gguf pruned/model.gguf --threads 1
@@ -40,17 +40,18 @@ def main(argv=None):
         rounds = [[server.speed(ids, args.new) for server in servers] for _ in range(1 + args.repeats)][1:]
     rows, results = [["", "prefill tokens/s", "", "decode tokens/s", "", "KV cache MiB", ""]], []
     for i, file in enumerate(args.files):
-        prefill, decode = zip(*(turn[i] for turn in rounds), strict=True)
-        result = {"file": file, "prefill": median(prefill), "decode": median(decode), "cache_mib": sizes[i]}
-        results.append(result | {"prefill_all": prefill, "decode_all": decode, "cache": caches[i]})
-        cells = []
-        for key in ("prefill", "decode", "cache_mib"):
-            cells += [f"{result[key]:.2f}", f"x{result[key] / results[0][key]:.3f}"]
-        rows.append([file, *cells])
+        result, cells = {"file": file}, []
+        for j, key in enumerate(("prefill", "decode")):
+            speeds = [turn[i][j] for turn in rounds]
+            gain = median(turn[i][j] / turn[0][j] for turn in rounds)  # of the same round: both were as busy
+            result |= {key: median(speeds), f"{key}_gain": gain, f"{key}_all": speeds}
+            cells += [f"{median(speeds):.2f}", f"x{gain:.3f}"]
+        results.append(result | {"cache_mib": sizes[i], "cache": caches[i]})
+        rows.append([file, *cells, f"{sizes[i]:.2f}", f"x{sizes[i] / sizes[0]:.3f}"])
     print(f"prompt {args.prompt}, new {args.new}, threads {args.threads}, median of {args.repeats}, in turns")
     flags.print_aligned(rows)
     for result in results:
-        spans = [f"{key} {min(result[f'{key}_all']):.2f}..{max(result[f'{key}_all']):.2f}" for key in ("prefill", "decode")]
+        spans = [f"{k} {min(result[f'{k}_all']):.2f}..{max(result[f'{k}_all']):.2f}" for k in ("prefill", "decode")]
         print(f"{result['file']}: {', '.join(spans)}; llama.cpp: {result['cache']}")
     print(to_json({"prompt": args.prompt, "new": args.new, "threads": args.threads, "results": results}))
 

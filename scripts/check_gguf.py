@@ -5,8 +5,6 @@ token, through its KV cache, behind a prompt of half of it. Needs `pip install x
 
     python -m scripts.check_gguf pruned/model.gguf --model-path models/SmolLM2-135M --text wikitext2.txt
 """
-import json
-
 from scripts import flags, llamacpp
 
 
