@@ -156,6 +156,7 @@ def print_summary(path, order, meta):
 def check(args):
     """Raise ValueError for whatever the flags, the configuration and the folders already tell; return n layers."""
     from lib.blocks import find_layers
+    from lib.checkpoint import check_whole
     from lib.data import check_dataset
     from lib.model import check_device, skeleton
 
@@ -164,6 +165,7 @@ def check(args):
     flags.check_folder(args.ppl_search_path, "--ppl-search-path")
     bare = skeleton(args.model_path, args.trust_remote_code)
     flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    check_whole(bare.config, args.model_path)
     n_layers = len(find_layers(bare))
     most = 2 * n_layers if args.block_type == "mix" else n_layers
     if args.del_block_num > most:

@@ -7,7 +7,6 @@ the paper's own scripts; without an order and with --del-block-num 0 the dense m
     python eval.py --do-eval --model-path models/Llama-2-7b-hf --device cuda --del-block-num 17 \\
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json
 """
-import sys
 from pathlib import Path
 
 from scripts import flags
@@ -16,8 +15,7 @@ from scripts import flags
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     flags.add_model_flags(parser)
-    parser.add_argument("--ppl-search-file", help="order file to replay; not needed for the dense model", default=None)
-    parser.add_argument("--del-block-num", type=flags.count, default=0, help="removals to replay")
+    flags.add_removal_flags(parser)
     flags.add_text_flags(parser, dataset="wikitext2", batch_size=2)
     parser.add_argument("--cal-nsamples", type=flags.positive, default=None, help="documents to draw; all when absent")
     parser.add_argument("--do-eval", action="store_true", help="also run the zero-shot tasks (lm-eval)")
@@ -29,6 +27,7 @@ def parse_args(argv=None):
     parser.add_argument("--limit", nargs="+", metavar="[TASK=]N", type=limit, default=[],
                         help="first N windows and items only, or N items of TASK; not a result")  # fmt: skip
     parser.add_argument("--output-path", help="result file (.json), written after every step", default=None)
+    parser.add_argument("--export-path", help="folder for the pruned checkpoint, in --compute-dtype", default=None)
     args = parser.parse_args(argv)
     args.limit = dict(args.limit)
     if not args.model_path:
@@ -44,7 +43,7 @@ def limit(text):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib import data, orders, tasks
+    from lib import data, export, orders, tasks
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
     from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
@@ -63,9 +62,7 @@ def main(argv=None):
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
-    searched = Path(str(meta.get("model", args.model_path))).name
-    if searched != Path(args.model_path).name:
-        print(f"warning: the order was searched on {searched}", file=sys.stderr)
+    flags.warn_of_other_model(args, meta)
 
     def measure():
         losses = window_losses(decoder, windows, args.ppl_eval_batch_size)
@@ -103,6 +100,15 @@ def main(argv=None):
             orders.write_json(args.output_path, result)
 
     save()
+    if args.export_path:
+        evaluated = {key: result[key] for key in ("dataset", "dense_perplexity", "perplexity", "windows", "seqlen")}
+        with parser.user_errors():
+            result["export"] = export.export(
+                args.model_path, order, args.export_path, compute_dtype=args.compute_dtype, meta=meta,
+                trust_remote_code=args.trust_remote_code, versions=flags.versions(), evaluated=evaluated,
+            )  # fmt: skip
+        print(f"export        {args.export_path}, format {result['export']['format']}")
+    save()
     for task in args.tasks if args.do_eval else ():
         most = args.limit.get(task, args.limit.get(None))
         result["tasks"] |= tasks.zero_shot(
@@ -117,21 +123,14 @@ def main(argv=None):
 def check(args):
     """Raise ValueError for whatever flags, files and the configuration already tell; return (removals, meta)."""
     from lib import tasks
-    from lib.blocks import find_layers
+    from lib.checkpoint import Source
     from lib.data import check_dataset
+    from lib.export import check_target, choose
     from lib.model import check_device, skeleton
-    from lib.orders import check_order, read_order
 
     check_device(args.device)
     check_dataset(args.cal_dataset, args.cal_split, args.data_dir, held_out=True)
-    order, meta = [], {}
-    if args.ppl_search_file:
-        order, meta = read_order(args.ppl_search_file)
-        if args.del_block_num > len(order):
-            raise ValueError(f"--del-block-num {args.del_block_num}: {args.ppl_search_file} holds {len(order)} "
-                             f"removals; use 0..{len(order)}")  # fmt: skip
-    elif args.del_block_num:
-        raise ValueError(f"--del-block-num {args.del_block_num}: which blocks? give the order with --ppl-search-file")
+    order, meta = flags.read_removals(args)
     if args.do_eval:
         tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
         check_task_cache(args.tasks, args.task_data)
@@ -144,10 +143,12 @@ def check(args):
         flags.check_folder(Path(args.output_path).parent, "--output-path")
     bare = skeleton(args.model_path, args.trust_remote_code)
     flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
-    n_layers = len(find_layers(bare))
-    if args.ppl_search_file:
-        check_order(order, n_layers, args.ppl_search_file, meta)
-    return order[: args.del_block_num], meta
+    removed = flags.check_removals(args, order, meta, bare)
+    if args.export_path:
+        flags.check_folder(args.export_path, "--export-path")
+        check_target(args.export_path, args.model_path)
+        choose(Source(args.model_path, args.compute_dtype, args.trust_remote_code), removed)
+    return removed, meta
 
 
 def check_task_cache(names, task_data):

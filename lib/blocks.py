@@ -225,12 +225,12 @@ class Decoder:
         for block in blocks:
             self.removed.add(Block(*block))
             gone = [kind for kind in KINDS if (kind, block[1]) in self.removed]
-            for name, _, stand_in in self._swaps(block[1], gone):
-                setattr(self.layers[block[1]], name, stand_in)
+            for owner, name, _, stand_in in self._swaps(block[1], gone):
+                setattr(owner, name, stand_in)
             # a later mask of the other block must not bring the weights back
             self._parts[block[1]] = [
-                (name, getattr(self.layers[block[1]], name), stand_in, kinds)
-                for name, _, stand_in, kinds in self._parts[block[1]]
+                (owner, name, getattr(owner, name), stand_in, kinds)
+                for owner, name, _, stand_in, kinds in self._parts[block[1]]
             ]
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -238,18 +238,18 @@ class Decoder:
     # ---- masking: swap sub-modules for stand-ins -------------------------------------------------
 
     def _swaps(self, i, kinds):
-        return [part[:3] for part in self._parts[i] if part[3] <= set(kinds)]
+        return [part[:4] for part in self._parts[i] if part[4] <= set(kinds)]
 
     @contextlib.contextmanager
     def _layer_masked(self, i, kinds):
-        layer, swaps = self.layers[i], self._swaps(i, kinds) if kinds else ()
+        swaps = self._swaps(i, kinds) if kinds else ()
         try:
-            for name, _, stand_in in swaps:
-                layer._modules[name] = stand_in  # setattr's checks cost more than a small layer
+            for owner, name, _, stand_in in swaps:
+                owner._modules[name] = stand_in  # setattr's checks cost more than a small layer
             yield
         finally:
-            for name, module, _ in swaps:
-                layer._modules[name] = module
+            for owner, name, module, _ in swaps:
+                owner._modules[name] = module
 
     # ---- bridging the layers ---------------------------------------------------------------------
 
@@ -312,7 +312,7 @@ class Decoder:
         try:
             hooks.append(self.layers[0].register_forward_hook(note("layer")))
             for parts in self._parts:
-                hooks += [m.register_forward_hook(note(s)) for _, m, s, _ in parts if isinstance(s, _AddNothing)]
+                hooks += [m.register_forward_hook(note(s)) for _, _, m, s, _ in parts if isinstance(s, _AddNothing)]
             logits = self.model(input_ids=ids, use_cache=False).logits[0]
         finally:
             for hook in hooks:
@@ -330,7 +330,8 @@ def find_layers(model):
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     for layers in lists:
-        if len({type(layer) for layer in layers}) == 1 and type(layers[0]).__name__ in FAMILIES:
+        names = {type(layer).__name__ for layer in layers}  # a pruned export has layers of two classes of one name
+        if len(names) == 1 and names <= FAMILIES.keys():
             return layers
     classes = sorted({type(layer).__name__ for layer in max(lists, key=len, default=())})
     raise ValueError(
@@ -345,24 +346,29 @@ def block_parameters(layers, blocks):
 
 
 def _find_parts(layer, row):
-    """Return [(name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked."""
+    """Return [(owner, name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked.
 
-    def present(names):
-        return [name for name in names if getattr(layer, name, None) is not None]
-
+    The owner is the layer, or in a pruned export one of the steps that a layer chains.
+    """
     parts = []
-    norms = {"mha": present(row.mha_norms), "mlp": present(row.mlp_norms)}
-    for kind in KINDS:
-        names = present(getattr(row, kind))
-        if not names:
-            raise ValueError(
-                f"{type(layer).__name__} has none of the modules {', '.join(getattr(row, kind))} that its row of "
-                "FAMILIES in lib/blocks.py names; correct the row"
-            )
-        parts += [(n, getattr(layer, n), nn.Identity(), {kind}) for n in names[:-1]]
-        parts.append((names[-1], getattr(layer, names[-1]), _AddNothing(getattr(layer, names[-1])), {kind}))
-        owners = {kind} if norms["mlp"] else set(KINDS)
-        parts += [(n, getattr(layer, n), nn.Identity(), owners) for n in norms[kind]]
+    for owner in getattr(layer, "steps", [layer]):
+
+        def present(names, owner=owner):
+            return [(name, getattr(owner, name)) for name in names if getattr(owner, name, None) is not None]
+
+        norms = {"mha": present(row.mha_norms), "mlp": present(row.mlp_norms)}
+        for kind in KINDS:
+            modules = present(getattr(row, kind))
+            if not modules:
+                raise ValueError(
+                    f"{type(layer).__name__} has none of the modules {', '.join(getattr(row, kind))} that its row of "
+                    "FAMILIES in lib/blocks.py names; correct the row"
+                )
+            parts += [(owner, name, module, nn.Identity(), {kind}) for name, module in modules[:-1]]
+            name, last = modules[-1]
+            parts.append((owner, name, last, _AddNothing(last), {kind}))
+            goes_with = {kind} if norms["mlp"] else set(KINDS)
+            parts += [(owner, name, module, nn.Identity(), goes_with) for name, module in norms[kind]]
     return parts
 
 
@@ -370,8 +376,8 @@ def _count(parts, blocks):
     gone = {}
     for i in {block[1] for block in blocks}:
         kinds = {kind for kind in KINDS if (kind, i) in set(blocks)}
-        for _, module, _, owners in parts[i]:
-            if owners <= kinds:
+        for _, _, module, _, goes_with in parts[i]:
+            if goes_with <= kinds:
                 gone |= {id(p): p.numel() for p in module.parameters()}
     return sum(gone.values())
 

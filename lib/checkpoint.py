@@ -12,8 +12,9 @@ import functools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -61,8 +62,8 @@ class Source:
     config: transformers' configuration. bare: the model without weights. layers, n_layers, family: its
     decoder layers, their number, and their row of FAMILIES. parallel: whether attention and MLP of a
     layer read the same state, so that an attention and the MLP of another layer are no layer.
-    native: whether the model's code is transformers' own. folder: where the files lie.
-    Raises ValueError, one line, for what cannot be read, and for a quantised checkpoint.
+    native: whether the model's code is transformers' own. No weights are read before they are asked for.
+    Raises ValueError, one line, for what cannot be read, and for a checkpoint that is quantised or pruned.
     """
 
     def __init__(self, path, compute_dtype=None, trust_remote_code=False):
@@ -70,11 +71,12 @@ class Source:
         self.config = load_config(path, trust_remote_code)
         quantised = getattr(self.config, "quantization_config", None)
         if quantised:
-            settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
+            method = (quantised if isinstance(quantised, dict) else quantised.to_dict()).get("quant_method", "?")
             raise ValueError(
-                f"--model-path {path}: quantised ({settings.get('quant_method', 'unknown method')}); packed weights are "
-                "not pruned here: give the dense checkpoint and quantise the export"
+                f"--model-path {path}: quantised ({method}), and packed weights are not pruned here; give the dense "
+                "checkpoint and quantise the export"
             )
+        check_whole(self.config, path)
         self.bare = skeleton(path, trust_remote_code)
         self.native = type(self.bare).__module__.startswith("transformers.")
         self.layers = find_layers(self.bare)
@@ -85,15 +87,24 @@ class Source:
         self.parallel = self._shared_norm or any(getattr(self.config, flag, False) for flag in flags)
         where, self.gguf = locate(path)
         self.dtype = DTYPES[compute_dtype or "bf16"] if self.gguf or compute_dtype else None
-        self.folder = Path(where) if Path(where).is_dir() else _snapshot(where)
-        if not self.gguf:
-            self._check_layers()
+        self._where = where
+
+    @functools.cached_property
+    def folder(self):
+        """Where the files lie; a hub model is downloaded now."""
+        return Path(self._where) if Path(self._where).is_dir() else _snapshot(self._where)
 
     @functools.cached_property
     def _stored(self):
-        """{name: Entry}; a .gguf file, which is loaded whole for that, waits until somebody asks."""
         with readable(self.path, "weights"):
-            return self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
+            stored = self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
+        found = {place.layer for place in map(self.place, stored) if place}
+        if found != set(range(self.n_layers)):
+            raise ValueError(
+                f"--model-path {self.path}: weights of {len(found)} layers, where config.json says {self.n_layers}; "
+                "give a complete checkpoint"
+            )
+        return stored
 
     def names(self):
         """Return the names of all tensors, as the files have them."""
@@ -124,8 +135,8 @@ class Source:
             kinds = KINDS if module in row.mha_norms and self._shared_norm else ("mha",)
         else:
             raise ValueError(
-                f"--model-path {self.path}: {name}: {type(self.layers[0]).__name__} has no {module} in its row of FAMILIES "
-                "in lib/blocks.py, so that nobody knows which block it goes with; correct the row"
+                f"--model-path {self.path}: {name}: the row of {type(self.layers[0]).__name__} of FAMILIES in "
+                f"lib/blocks.py has no {module}, so that nobody knows which block it goes with; correct the row"
             )
         return Place(head, int(layer), rest, kinds)
 
@@ -145,14 +156,6 @@ class Source:
             entries += [self.entry(name, f"{place.head}{label}.{place.rest}") for label in labels]
         return entries
 
-    def _check_layers(self):
-        found = {place.layer for place in map(self.place, self.names()) if place}
-        if found != set(range(self.n_layers)):
-            raise ValueError(
-                f"--model-path {self.path}: weights of {len(found)} layers, where config.json says {self.n_layers}; "
-                "give a complete checkpoint"
-            )
-
     def _read_gguf(self):
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -164,14 +167,23 @@ class Source:
         return _entries(revert_weight_conversion(model, state))
 
 
+def check_whole(config, path):
+    """Raise ValueError for an export of format hf: its blocks are not numbered as those of a whole model."""
+    if hasattr(config, "source_blocks"):
+        raise ValueError(
+            f"--model-path {path}: a pruned export ({config.model_type}), whose blocks have moved; give its base model "
+            f"{config.pruning_info['base_model']}, and an order that removes more"
+        )
+
+
 def check_space(folder, nbytes):
     """Raise ValueError unless the disk of `folder`, or of its nearest parent, has `nbytes` free."""
     path = Path(folder).expanduser().absolute()
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     if nbytes > free:
         raise ValueError(
-            f"--output-dir {folder}: {nbytes / 2**30:,.2f} GiB to write, {free / 2**30:,.2f} GiB free on that disk; "
-            "free some or give a folder on another disk"
+            f"{folder}: {nbytes / 2**30:,.2f} GiB to write, {free / 2**30:,.2f} GiB free on that disk; "
+            "free some, or give a folder on another disk"
         )
 
 
@@ -232,30 +244,21 @@ def _weight_files(folder):
 
 def _read_files(files):
     """Return {name: Entry} of weight files; nothing is read but their headers."""
+    from safetensors import safe_open
+
     stored, dtypes = {}, {code: dtype for dtype, code in CODES.items()}
     for file in files:
         if file.suffix == ".bin":
             stored |= _entries(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
             continue
-        opened = _open(file)
+        opened = safe_open(file, framework="pt", device="cpu")
         for name in opened.keys():
             part = opened.get_slice(name)
             if part.get_dtype() not in dtypes:
                 raise ValueError(f"{name} is stored as {part.get_dtype()}: a quantised checkpoint")
-            load = functools.partial(_read, file, name)
+            load = functools.partial(opened.get_tensor, name)
             stored[name] = Entry(name, tuple(part.get_shape()), dtypes[part.get_dtype()], load)
     return stored
-
-
-def _read(file, name):
-    return _open(file).get_tensor(name)
-
-
-@functools.lru_cache(maxsize=2)
-def _open(file):
-    from safetensors import safe_open
-
-    return safe_open(file, framework="pt", device="cpu")
 
 
 def _entries(state):

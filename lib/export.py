@@ -22,10 +22,17 @@ from lib.checkpoint import Entry, Source, write_shards
 from lib.export_decilm import write_decilm
 from lib.export_gguf import read_info, write_gguf
 from lib.layers import Layer, repack
-from lib.model import load_tokenizer, parameter_count, readable
+from lib.model import locate, parameter_count, quiet, readable
+from lib.orders import check_order
 
 # Fields of a configuration that hold one value for each layer, and the branch that they describe.
 PER_LAYER = {"layer_types": "mha", "no_rope_layers": "mha", "mlp_layer_types": "mlp"}
+# Fields that say the same as such a list, for readers that know no list: layer p, 2p, 3p, ... is of this kind.
+PATTERNS = {
+    "sliding_window_pattern": ("layer_types", "full_attention"),
+    "_sliding_window_pattern": ("layer_types", "full_attention"),
+    "no_rope_layer_interval": ("no_rope_layers", 0),
+}
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json",
@@ -48,7 +55,10 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     """
     check_target(folder, path, overwrite)
     source = Source(path, compute_dtype, trust_remote_code)
+    check_order(removed, source.n_layers, "the order")
     format = choose(source, removed) if format == "auto" else format
+    if format == "gguf" and source.gguf and compute_dtype:
+        raise ValueError(f"--compute-dtype {compute_dtype}: --format gguf copies a .gguf file's weights; leave it out")
     total = parameter_count(source.bare)
     kept = total - block_parameters(source.layers, removed)
     info = {
@@ -59,17 +69,18 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     }  # fmt: skip
     with _complete_or_nothing(folder) as temporary:
         how_to_load = FORMATS[format](source, removed, temporary, info)
-        _copy_small_files(source, temporary, trust_remote_code)
+        _copy_small_files(source, temporary, format, trust_remote_code)
         (temporary / "README.md").write_text(card(source, info, how_to_load), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return {"export": str(folder), **info, "bytes": size}
 
 
 def choose(source, removed):
-    """Return the format of "auto": "stock" where the model can have it, else "hf"."""
+    """Return the format of "auto": "stock" where the model can have it, else "hf"; raise ValueError for neither."""
     try:
         stock_config(source, removed)
     except ValueError:
+        anchored(source, removed)
         return "hf"
     return "stock"
 
@@ -80,12 +91,12 @@ def choose(source, removed):
 def write_stock(source, removed, folder, info):
     """The original class with fewer layers. Refused where a layer would be incomplete, or changes with its place."""
     config, layers = stock_config(source, removed)
-    config.pruning_info = info | {"source_blocks": [list(layer) for layer in layers]}
-    entries = source.relabelled({(kind, i): k for k, layer in enumerate(layers) for kind, i in layer._asdict().items()})
+    config.pruning_info = info | {"source_blocks": [str(layer) for layer in layers]}
+    entries = source.relabelled({block: k for k, layer in enumerate(layers) for block in layer.blocks()})
     write_shards(folder, entries)
     _save_config(source, config, folder)
     verify(type(source.bare), config, entries)
-    return _python("AutoModelForCausalLM.from_pretrained(PATH)")
+    return _python("PATH")
 
 
 def write_hf(source, removed, folder, info):
@@ -103,21 +114,21 @@ def write_hf(source, removed, folder, info):
     config = config_class.from_dict(values | changed | {
         "model_type": config_class.model_type, "architectures": [names[-1]],
         "auto_map": {key: f"{Path(modeling.__file__).stem}.{name}" for key, name in auto.items()},
-        "source_blocks": [[list(layer) for layer in chain] for chain in chains], "source_fields": fields,
+        "source_blocks": [", ".join(map(str, chain)) for chain in chains], "source_fields": fields,
         "block_modules": {"layer": type(source.layers[0]).__name__, **row}, "pruning_info": info,
     })  # fmt: skip
     labels = {}
     for k, chain in enumerate(chains):
         for j, layer in enumerate(chain):
             label = str(k) if len(chain) == 1 else f"{k}.steps.{j}"
-            labels |= {(kind, i): label for kind, i in layer._asdict().items() if i is not None}
+            labels |= dict.fromkeys(layer.blocks(), label)
     entries = source.relabelled(labels)
     write_shards(folder, entries)
     shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
     _save_config(source, config, folder)
     verify(model_class, config, entries)
-    return _python("AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)") + (
-        f"\n\n`{Path(modeling.__file__).name}` beside the weights is all the code there is; it builds on the classes of "
+    return _python("PATH, trust_remote_code=True") + (
+        f"\n\nThe code is `{Path(modeling.__file__).name}` beside the weights; it builds on the classes of "
         "transformers 5. A program that does not run it refuses the model type.\n"
     )
 
@@ -128,8 +139,8 @@ def write_zeroed(source, removed, folder, info):
     on_stream = getattr(config, "apply_residual_connection_post_layernorm", False)
     if on_stream or not getattr(config, "do_layer_norm_before", True):
         raise ValueError(
-            f"--format zeroed: {type(source.layers[0]).__name__} normalises the residual stream itself in this model, so "
-            "a block with zero weights still changes it; the nearest format is hf"
+            f"--format zeroed: {type(source.layers[0]).__name__} normalises the residual stream itself in this model, "
+            "so that a block with zero weights still changes it; the nearest format is hf"
         )
     config.pruning_info = info
     outputs = set()  # the last module of a branch writes to the stream; files may have names that memory has not
@@ -146,7 +157,7 @@ def write_zeroed(source, removed, folder, info):
     write_shards(folder, entries)
     _save_config(source, config, folder)
     verify(type(source.bare), config, entries)
-    return _python("AutoModelForCausalLM.from_pretrained(PATH)") + (
+    return _python("PATH") + (
         "\n\nThe removed blocks are there, with weights of zero: this checkpoint is as large and as slow as its base.\n"
     )
 
@@ -162,11 +173,12 @@ def stock_config(source, removed):
     layers = repack(source.n_layers, removed, mix=not source.parallel)
     short = [layer for layer in layers if None in layer]
     if short or not layers:
-        what = f"{short[0].mha is None and 'mlp' or 'mha'}{max(i for i in short[0] if i is not None)}" if short else ""
-        reason = f"{what} is left without its other half" if short else "no layer is left"
+        reason, nearest = "no layer is left", "zeroed"
+        if short:
+            reason, nearest = f"{short[0]} is left without its other half", "hf"
         raise ValueError(
-            f"--format stock: {reason}, and {type(source.bare).__name__} has whole layers only; the nearest format is "
-            + ("hf" if short else "zeroed")
+            f"--format stock: {reason}, and {type(source.bare).__name__} has whole layers only; "
+            f"the nearest format is {nearest}"
         )
     config = copy.deepcopy(source.config)
     for field, value in reindexed(source, layers).items():
@@ -175,7 +187,7 @@ def stock_config(source, removed):
         bare = type(source.bare)(type(config).from_dict(config.to_dict()))
     moved = _find(bare, type(source.layers[0]))
     for k, layer in enumerate(layers):
-        for kind, i in layer._asdict().items():
+        for kind, i in layer.blocks():
             differ = _difference(source, kind, source.layers[i], moved[k])
             if differ:
                 raise ValueError(
@@ -186,7 +198,7 @@ def stock_config(source, removed):
 
 
 def reindexed(source, layers):
-    """Return {field: value} of the configuration's fields that change when `layers`, all of them whole, are its layers."""
+    """Return {field: value} of the configuration's fields that change when `layers`, all whole, are its layers."""
     config, n = source.config, source.n_layers
     values = config.to_dict()
     changed = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(layers)}
@@ -196,7 +208,13 @@ def reindexed(source, layers):
             continue
         if branch and len(value) == n:
             changed[field] = [value[getattr(layer, branch)] for layer in layers]
-    if "mlp_only_layers" in values:  # dense layers among those of experts; every other one of a step, too
+    for field, (listed, kind) in PATTERNS.items():
+        if values.get(field) and listed in changed:
+            every = [value == kind for value in changed[listed]]
+            fits = (p for p in (values[field], *range(2, len(layers) + 2))
+                    if every == [(k + 1) % p == 0 for k in range(len(layers))])  # fmt: skip
+            changed[field] = next(fits, 0)  # no pattern: a reader that needs one must not find the old one
+    if "mlp_only_layers" in values:  # layers without experts, which are also those between the steps
         step, dense = values.get("decoder_sparse_step") or 1, values["mlp_only_layers"] or []
         dense = {i for i in range(n) if i in dense or (i + 1) % step}
         changed |= {"mlp_only_layers": [k for k, layer in enumerate(layers) if layer.mlp in dense]}
@@ -223,39 +241,41 @@ def anchored(source, removed):
             chains.append([layer])
     if not chains or all(layer.mha is None for layer in chains[0]):
         raise ValueError(
-            f"--format hf: no attention of {name} is left, and the cache lives in attentions; the nearest format is zeroed"
+            f"--format hf: no attention of {name} is left, and the cache needs one; the nearest format is zeroed"
         )
     return chains
 
 
 def verify(model_class, config, entries):
-    """Raise ValueError unless the model of `config` takes exactly the tensors of `entries`; reads no weights."""
-    from lib.model import quiet
-
+    """Raise ValueError unless `entries` are all that the model of `config` needs, in its shapes; reads no weights."""
     state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
     with quiet(), torch.device("meta"):
         _, info = model_class.from_pretrained(
             None, config=copy.deepcopy(config), state_dict=state, device_map="meta", output_loading_info=True
         )
-    wrong = {key: sorted(map(str, value)) for key, value in info.items() if value}
-    if wrong:
-        raise ValueError(f"{model_class.__name__} does not take the weights written: {wrong}")
+    for key in ("missing_keys", "mismatched_keys", "error_msgs"):  # what is left over is ignored by every loader
+        wrong = sorted(map(str, info.get(key, ())))
+        if wrong:
+            raise ValueError(
+                f"the export would be no {model_class.__name__} ({key.replace('_', ' ')}: {', '.join(wrong[:3])}); "
+                "give a complete source and the config.json it was saved with"
+            )
 
 
 # ---- what lies around the weights ----------------------------------------------------------------------------
 
 
-def check_target(folder, path, overwrite):
+def check_target(folder, path, overwrite=False):
     """Raise ValueError where `folder` is taken: by files, or with `overwrite` by anything but an earlier export."""
     folder = Path(folder).expanduser()
     if folder.is_file():
-        raise ValueError(f"--output-dir {folder}: a file; give a folder")
+        raise ValueError(f"{folder}: a file; give a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"--output-dir {folder}: exists and is not empty; pass --overwrite, or give another folder")
+        raise ValueError(f"{folder}: is not empty; give another folder (scripts.export may --overwrite an export)")
     if Path(path).exists() and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-        raise ValueError(f"--output-dir {folder}: holds the model itself; give another folder")
+        raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
         if (folder / "model.gguf").is_file():
             read_info(folder / "model.gguf")
@@ -264,7 +284,7 @@ def check_target(folder, path, overwrite):
     except (OSError, ValueError):
         ours = False
     if not ours:
-        raise ValueError(f"--output-dir {folder}: holds something else than an export; empty it or give another folder")
+        raise ValueError(f"{folder}: holds other things than an export; empty it or give another folder")
 
 
 @contextlib.contextmanager
@@ -279,18 +299,29 @@ def _complete_or_nothing(folder):
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists():
             shutil.rmtree(old) if folder.exists() else old.rename(folder)
 
 
-def _copy_small_files(source, folder, trust_remote_code):
-    """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks for it."""
-    if (folder / "model.gguf").is_file():  # which holds the rest
-        patterns = LICENCES
+def _copy_small_files(source, folder, format, trust_remote_code):
+    """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
+    from transformers import AutoTokenizer
+
+    new_type = format in ("hf", "decilm")
+    if format != "gguf" and (source.gguf or (new_type and any(source.folder.glob("tokenizer*")))):
+        # transformers chooses a tokenizer's class by model type, too; under a new type the file has to name it
+        with readable(source.path, "tokenizer"), quiet():
+            where, gguf = locate(source.path)
+            kwargs = {"gguf_file": gguf} if gguf else {}
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
+            tokenizer.save_pretrained(folder)
+    if format == "gguf":  # holds all of it but the licence
+        patterns = () if source.gguf else LICENCES
     elif source.gguf:
-        load_tokenizer(source.path, trust_remote_code).save_pretrained(folder)
         source.generation_config.save_pretrained(folder)
         return
     else:
@@ -316,7 +347,7 @@ def perplexities(removed, meta):
 
 def card(source, info, how_to_load):
     """Return the model card: YAML for the hub, then what was removed and how to load the rest."""
-    front = {"base_model": info["base_model"], **_licence(source.folder / "README.md")}
+    front = {"base_model": info["base_model"], **_licence(source)}
     front |= {} if info["format"] in ("decilm", "gguf") else {"library_name": "transformers"}
     front |= {"pipeline_tag": "text-generation", "tags": ["pruned", "blockpruner"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
@@ -325,7 +356,8 @@ def card(source, info, how_to_load):
     lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, found by BlockPruner:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
     lines += ["| | base | pruned |", "|---|---|---|"]
-    lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} (-{info['removed_percent']:.2f} %) |"]
+    less = f"(-{info['removed_percent']:.2f} %)"
+    lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} {less} |"]
     measured = [(info, f"{search.get('dataset', 'calibration')}, the search's text")]
     measured += [(info["evaluated"], info["evaluated"]["dataset"])] if info["evaluated"] else []
     for values, text in measured:
@@ -334,18 +366,26 @@ def card(source, info, how_to_load):
     return "\n".join([*lines, "", "## Loading it", "", how_to_load.strip(), ""])
 
 
-def _licence(readme):
-    """Return the licence fields in the YAML header of the base's card."""
+def _licence(source):
+    """Return the licence fields of a .gguf file's metadata, else of the YAML header of the base's card."""
+    if source.gguf:
+        from gguf import GGUFReader
+
+        field = GGUFReader(source.path).fields.get("general.license")
+        return {"license": field.contents()} if field else {}
+    readme = source.folder / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     header = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     pairs = [line.partition(":")[::2] for line in header.splitlines()]
-    return {k: v.strip().strip("\"'") for k, v in pairs if k in ("license", "license_name", "license_link") and v.strip()}
+    keys = ("license", "license_name", "license_link")
+    return {key: value.strip().strip("\"'") for key, value in pairs if key in keys and value.strip()}
 
 
-def _python(call):
+def _python(arguments):
     return (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = {call}\ntokenizer = AutoTokenizer.from_pretrained(PATH)\n```"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n```"
     )
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from lib.checkpoint import check_space
 from lib.export_decilm import check_attention, check_family, head_size
 from lib.gguf_vocab import vocabulary
 from lib.layers import repack
@@ -296,7 +297,10 @@ def zeros(*shape):
 
 
 def save_gguf(path, model, info=None):
-    """Write a Model to a new file, tensor by tensor; info goes into the field pruning_info, as JSON."""
+    """Write a Model to a new file, tensor by tensor; info goes into the field pruning_info, as JSON.
+
+    Raises ValueError before writing where the disk is too small.
+    """
     import gguf
     import numpy as np
 
@@ -307,9 +311,13 @@ def save_gguf(path, model, info=None):
             writer.add_key_value(key, field.value, field.type, field.sub_type)
     if info:
         writer.add_string("pruning_info", json.dumps(info))
+    total = 0
     for name, tensor in model.tensors.items():
-        nbytes = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
-        writer.add_tensor_info(name, tensor.shape, np.dtype(tensor.dtype), nbytes, tensor.type)
+        dtype = np.dtype(tensor.dtype)
+        nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
+        writer.add_tensor_info(name, tensor.shape, dtype, nbytes, tensor.type)
+        total += nbytes
+    check_space(Path(path).parent, total)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

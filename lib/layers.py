@@ -1,12 +1,20 @@
 """Kept blocks as the layers of a smaller model: every attention takes in the MLP that directly follows it."""
 from typing import NamedTuple
 
+from lib.blocks import Block
+
 
 class Layer(NamedTuple):
     """A decoder layer of the pruned model: the source layers of its attention and its MLP, None where absent."""
 
     mha: int | None
     mlp: int | None
+
+    def blocks(self):
+        return [Block(kind, i) for kind, i in self._asdict().items() if i is not None]
+
+    def __str__(self):
+        return " ".join(map(str, self.blocks()))
 
 
 def repack(n_layers, removed, mix=True):

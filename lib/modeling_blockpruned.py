@@ -7,7 +7,7 @@ chain of such layers in which the missing half is replaced by a module that adds
 family is copied. There are as many layers as attentions, so every cache works as in the family.
 
 What the configuration says about it:
-    source_blocks   for each layer its chain of [attention, mlp], source layer indices, null where absent
+    source_blocks   for each layer the blocks of the source that it runs: "mha4 mlp4, mlp5" is a chain of two steps
     source_fields   the fields of the configuration that depend on the number of layers, as in the source
     block_modules   the class of the family's decoder layer, and its sub-modules by branch
 """
@@ -63,8 +63,9 @@ class _Pruned:
         layers = next(m for m in lists if type(m[0]).__name__ == kind)
         family = type(layers[0])
         for k, chain in enumerate(config.source_blocks):
-            steps = [_step(family, source, mha, mlp, config.block_modules) for mha, mlp in chain]
-            anchor = next(i for i, (mha, _) in enumerate(chain) if mha is not None)
+            chain = [{block[:3]: int(block[3:]) for block in step.split()} for step in chain.split(",")]
+            steps = [_step(family, source, step.get("mha"), step.get("mlp"), config.block_modules) for step in chain]
+            anchor = next(i for i, step in enumerate(chain) if "mha" in step)
             layers[k] = steps[0] if len(steps) == 1 else _chain(family, steps, anchor)
             for module in layers[k].modules():
                 if getattr(module, "layer_idx", None) is not None:
@@ -107,7 +108,7 @@ class _Nothing(nn.Module):
         self.is_attention = is_attention  # attentions return their weights too
 
     def forward(self, *args, **kwargs):
-        given = dict(zip(self.names, args)) | kwargs
+        given = dict(zip(self.names, args, strict=False)) | kwargs
         out = given["residual"] if "residual" in given else torch.zeros_like(given[self.names[0]])
         return (out, None) if self.is_attention else out
 

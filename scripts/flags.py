@@ -39,6 +39,14 @@ def add_model_flags(parser):
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python that the model brings along")
 
 
+def add_removal_flags(parser, required=False):
+    parser.add_argument("--ppl-search-file", help="order file to replay; not needed for the dense model", default=None)
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument("--del-block-num", type=count, default=None, help="removals to replay")
+    group.add_argument("--del-ratio", type=fraction, default=None, metavar="R",
+                       help="fewest removals that take this share of the parameters, from 0 to 1")  # fmt: skip
+
+
 def add_text_flags(parser, dataset, batch_size):
     parser.add_argument(
         "--cal-dataset", default=dataset, help="alpaca, wikitext2, ptb, c4, pydoc, or a .txt/.jsonl/.json/.parquet file"
@@ -74,6 +82,65 @@ def size(text):
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
     return value
+
+
+def fraction(text):
+    """argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1 (ten percent is 0.1)")
+    return value
+
+
+def read_removals(args):
+    """Return (order, meta) of --ppl-search-file; raise ValueError where it does not hold what is asked of it."""
+    from lib.orders import read_order
+
+    if not args.ppl_search_file:
+        for flag, value in (("--del-block-num", args.del_block_num), ("--del-ratio", args.del_ratio)):
+            if value:
+                raise ValueError(f"{flag} {value}: which blocks? give the order with --ppl-search-file")
+        return [], {}
+    order, meta = read_order(args.ppl_search_file)
+    if (args.del_block_num or 0) > len(order):
+        raise ValueError(f"--del-block-num {args.del_block_num}: {args.ppl_search_file} holds {len(order)} "
+                         f"removals; use 0..{len(order)}")  # fmt: skip
+    return order, meta
+
+
+def check_removals(args, order, meta, bare):
+    """Return the removals to replay on the model `bare`, weights not needed; raise ValueError for another model's."""
+    from lib.blocks import block_parameters, find_layers
+    from lib.checkpoint import check_whole
+    from lib.model import parameter_count
+    from lib.orders import check_order
+
+    layers = find_layers(bare)
+    if not args.ppl_search_file:
+        return []
+    check_whole(bare.config, args.model_path)
+    check_order(order, len(layers), args.ppl_search_file, meta)
+    if args.del_ratio is None:
+        return order[: args.del_block_num or 0]
+    total = parameter_count(bare)
+    for k in range(len(order) + 1):
+        share = block_parameters(layers, order[:k]) / total
+        if share >= args.del_ratio:
+            return order[:k]
+    raise ValueError(
+        f"--del-ratio {args.del_ratio}: all {len(order)} removals of {args.ppl_search_file} take {share:.4f} of the "
+        f"parameters; use 0..{share:.4f}, or search further"
+    )
+
+
+def warn_of_other_model(args, meta):
+    """Warn where the order was searched on a model of another name."""
+    searched = Path(str(meta.get("model", args.model_path))).name
+    if searched != Path(args.model_path).name:
+        print(f"warning: the order was searched on {searched}", file=sys.stderr)
 
 
 def check_folder(folder, flag):

@@ -23,7 +23,8 @@ from lib.model import load_model
 
 IDS = [5, 77, 200, 33, 190, 12, 9, 121, 121, 64]
 BLOCK_KEYS = {
-    "attention": {"no_op", "replace_with_linear", "n_heads_in_group"}, "ffn": {"no_op", "replace_with_linear", "ffn_mult"}
+    "attention": {"no_op", "replace_with_linear", "n_heads_in_group"},
+    "ffn": {"no_op", "replace_with_linear", "ffn_mult"},
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -1,10 +1,12 @@
 """GGUF exports: llama.cpp itself gives transformers' probabilities, and every tensor is in its place, byte for byte."""
 import json
+import shutil
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from command_line import assert_refused, flags
 from families import toy
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -13,6 +15,7 @@ from lib.blocks import Block, Decoder
 from lib.checkpoint import Source
 from lib.export import export
 from lib.export_gguf import prune, read_gguf, read_info, save_gguf
+from lib.orders import save_order
 
 SHAPE = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4}
 IDS = [5, 77, 200, 33, 290, 12, 9, 121, 121, 64, 8, 300]
@@ -150,6 +153,19 @@ def test_removed_attentions_hold_no_cache(folder, tmp_path):
         with Server(path, 8192) as server:
             sizes.append(server.cache_mib)
     assert sizes == [8192 * 4 * 2 * 64 * 2 / 2**20 * left / 4 for left in (4, 3, 2)]
+
+
+def test_one_command_makes_a_file_that_llama_cpp_loads(call, folder, tmp_path):
+    from scripts import export as script
+
+    save_order(tmp_path / "order.json", blocks("mha1 mlp2 mha0"), {"layers": 4})
+    given = {"ppl_search_file": tmp_path / "order.json", "output_dir": tmp_path / "out", "format": "gguf"}
+    run = call(script.main, *flags(model_path=folder(), del_block_num=2, **given))
+    assert run.code == 0 and run.result["format"] == "gguf" and run.result["removed"] == ["mha1", "mlp2"]
+    assert_same(tmp_path / "out" / "model.gguf", folder(), "mha1 mlp2")
+    run = call(script.main, *flags(model_path=folder("gemma"), del_block_num=2, overwrite=True, **given))
+    assert_refused(run, "gemma", "llama, mistral, qwen2", "--format hf")
+    assert read_info(tmp_path / "out" / "model.gguf")["removed"] == ["mha1", "mlp2"]
 
 
 # ---- the tensors ----------------------------------------------------------------------------------
@@ -358,6 +374,17 @@ def test_a_model_without_attention_is_refused(folder, tmp_path):
 
 def test_a_dtype_that_gguf_has_not_is_refused(folder, tmp_path):
     refused(folder(), tmp_path, "float64", "fp32, fp16 or bf16", compute_dtype="fp64")
+
+
+def test_a_dtype_for_a_file_that_is_copied_is_refused(folder, tmp_path):
+    source = written(folder(), tmp_path / "dense", "")
+    refused(source, tmp_path, "--compute-dtype fp32", "leave it out", compute_dtype="fp32")
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    refused(folder(), tmp_path, "GiB free", "another disk")
 
 
 def unigram():

@@ -1,0 +1,329 @@
+"""scripts/export.py and eval.py --export-path: what they write, and bad input refused in one line with nothing left."""
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+from command_line import assert_refused, flags, shell, tree, write_gguf
+from families import toy
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lib.export
+from lib.blocks import Block, Decoder
+from lib.orders import save_order
+from scripts import export
+
+ORDER = [Block("mlp", 1), Block("mha", 0), Block("mha", 2), Block("mlp", 0), Block("mha", 1), Block("mlp", 2)]
+WEIGHTS = "model.safetensors"
+IDS = torch.arange(40).view(2, 20) + 32
+
+
+@pytest.fixture(autouse=True)
+def modules_cache(tmp_path_factory, monkeypatch):
+    """Keep remote code out of the user's cache."""
+    folder = str(tmp_path_factory.mktemp("modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.fixture
+def order(tmp_path_factory, toy_folder):
+    """An order that removes every block of the toy."""
+    path = tmp_path_factory.mktemp("orders") / "order.json"
+    steps = [{"block": b, "perplexity": 20.0 + k, "removed_percent": k, "seconds": 1} for k, b in enumerate(ORDER, 1)]
+    meta = {"model": str(toy_folder()), "layers": 3, "dense_perplexity": 20.0, "dataset": "alpaca", "steps": steps}
+    save_order(path, ORDER, meta)
+    return path
+
+
+@pytest.fixture
+def write(call, toy_folder, order, tmp_path):
+    """Return a function that runs scripts.export.main on the toy, without its first three blocks."""
+
+    def run(**changes):
+        given = {"model_path": toy_folder(), "ppl_search_file": order, "output_dir": tmp_path / "out"}
+        how_many = {} if "del_ratio" in changes else {"del_block_num": 3}
+        given = {k: v for k, v in {**given, **how_many, **changes}.items() if v is not None}
+        return call(export.main, *flags(**given))
+
+    return run
+
+
+@pytest.fixture
+def refuses(write, tmp_path):
+    def run(*says, **changes):
+        before = tree(tmp_path)
+        assert_refused(write(**changes), *says)
+        assert tree(tmp_path) == before, "something was left behind"
+
+    return run
+
+
+def logits(model, ids=IDS):
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+# ---- what is written -----------------------------------------------------------------------------
+
+
+def test_one_command_makes_a_folder_that_transformers_loads(toy_folder, order, tmp_path):
+    """A real process; the model is a hub's, in the cache of a machine without network."""
+    out, revision = tmp_path / "new" / "out", "0123456789" * 4
+    cache = tmp_path / "home" / "hub" / "models--owner--model"
+    shutil.copytree(toy_folder(), cache / "snapshots" / revision)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(revision)
+    words = flags(model_path="owner/model", ppl_search_file=order, del_block_num=3, output_dir=out)
+    run = shell("scripts.export", *words, python=("-m",), HF_HOME=str(tmp_path / "home"))
+    assert run.code == 0 and run.err == f"warning: the order was searched on {toy_folder().name}\n", run
+    assert os.listdir(out.parent) == ["out"]
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    dense = AutoModelForCausalLM.from_pretrained(toy_folder()).eval()
+    with Decoder(dense).masked(ORDER[:3]):
+        torch.testing.assert_close(logits(model), logits(dense))
+    text = "Nothing but words."
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert tokenizer(text) == AutoTokenizer.from_pretrained(toy_folder())(text)
+    result, info = run.result, model.config.pruning_info
+    assert info["base_model"] == "owner/model"
+    assert result["export"] == str(out) and result["format"] == "hf" and result["perplexity"] == 23.0
+    assert result["parameters"] == sum(p.numel() for p in model.parameters())
+    assert result["dense_parameters"] == sum(p.numel() for p in dense.parameters())
+    assert result["bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    assert info.items() <= result.items() and info["removed"] == ["mlp1", "mha0", "mha2"]
+    assert info["search"] == {"dataset": "alpaca"} and info["versions"]["torch"] == torch.__version__
+    assert model.config.source_blocks == ["mlp0, mha1 mlp2"]
+
+
+def test_the_card_names_base_blocks_figures_and_licence(toy_folder, write, tmp_path):
+    model = tmp_path / "base"
+    shutil.copytree(toy_folder(), model)
+    (model / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- text\n---\n# Base\n")
+    (model / "LICENSE").write_text("Do as you like.")
+    (model / "generation_config.json").write_text('{"max_length": 7, "transformers_version": "5.0.0"}')
+    run = write(model_path=model)
+    assert run.code == 0 and "order was searched on" in run.err
+    header, text = (tmp_path / "out" / "README.md").read_text().split("---\n")[1:]
+    assert 'license: "apache-2.0"' in header and 'base_model: "base"' in header
+    for words in ("mlp1 mha0 mha2", "20.0000 | 23.0000", "alpaca", "trust_remote_code=True"):
+        assert words in text
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Do as you like."
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_length"] == 7
+    shutil.rmtree(tmp_path / "out")
+    write(model_path=model, format="zeroed")
+    assert "as large and as slow" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_zeroed_export_says_that_it_saves_nothing(write):
+    assert "not gone" in write(format="zeroed").out
+
+
+def test_a_ratio_takes_the_fewest_removals_that_reach_it(write, evaluate, toy_folder, order, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(toy_folder())
+    names = {"mha": ("self_attn", "input_layernorm"), "mlp": (".mlp.", "post_attention_layernorm")}
+    sizes = dict(model.named_parameters())
+    total, gone, shares = sum(p.numel() for p in sizes.values()), 0, []
+    for kind, i in ORDER[:5]:  # hf needs an attention
+        mine = [n for n in sizes if f"layers.{i}." in n and any(part in n for part in names[kind])]
+        gone += sum(sizes[n].numel() for n in mine)
+        shares.append(gone / total)
+    for k, ratio in ((0, 0), (1, shares[0] / 2), (1, shares[0]), (2, shares[0] + 1e-9), (4, shares[3] - 1e-9)):
+        run = write(del_ratio=ratio, output_dir=tmp_path / str(ratio))
+        assert len(run.result["removed"]) == k, run
+    run = evaluate(ppl_search_file=order, del_ratio=shares[1])
+    assert run.result["removed"] == ["mlp1", "mha0"]
+
+
+def test_a_gguf_file_becomes_a_pruned_checkpoint(toy_folder, write, tmp_path):
+    pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    dense = AutoModelForCausalLM.from_pretrained(toy_folder(vocab_size=257, num_key_value_heads=4)).eval()
+    write_gguf(path, dense)
+    assert write(model_path=path, compute_dtype="fp32").code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with Decoder(dense).masked(ORDER[:3]):
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)("some words")["input_ids"]
+
+
+def test_eval_exports_what_it_has_measured(evaluate, write, order, toy_folder, tmp_path):
+    run = evaluate(ppl_search_file=order, del_block_num=3, export_path=tmp_path / "short")
+    assert run.code == 0, run
+    write(compute_dtype="fp32")
+    short, long = load_file(tmp_path / "short" / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert short.keys() == long.keys() and all(torch.equal(short[key], long[key]) for key in short)
+    info = json.loads((tmp_path / "short" / "config.json").read_text())["pruning_info"]
+    assert info["evaluated"]["perplexity"] == run.result["perplexity"]
+    again = evaluate(model_path=tmp_path / "short", trust_remote_code=True)
+    assert again.result["perplexity"] == pytest.approx(run.result["perplexity"], rel=1e-5)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def test_an_order_of_another_model_is_refused(refuses, write, tmp_path):
+    path = tmp_path / "order.json"
+    save_order(path, [Block("mha", 3)], {})
+    refuses("mha 3 does not exist", "3 layers", ppl_search_file=path, del_block_num=1)
+    save_order(path, [Block("mha", 0)], {"layers": 32})
+    refuses("made for a model of 32 layers", ppl_search_file=path, del_block_num=1)
+    save_order(path, [Block("mha", 0)], {"layers": 3, "model": "models/Other-7b"})
+    run = write(ppl_search_file=path, del_block_num=1)
+    assert run.code == 0 and "warning: the order was searched on Other-7b" in run.err
+
+
+def test_removals_that_the_order_does_not_hold_are_refused(refuses, refused, order):
+    refuses("--del-block-num 7", "holds 6 removals", "0..6", del_block_num=7)
+    refuses("--del-block-num 1", "--ppl-search-file", ppl_search_file=None, del_block_num=1)
+    refuses("--del-ratio 0.5", "--ppl-search-file", ppl_search_file=None, del_ratio=0.5)
+    for refuse in (refuses, lambda *says, **given: refused(*says, script="eval", ppl_search_file=order, **given)):
+        refuse("--del-ratio 0.99", "all 6 removals", "0..0.", del_ratio=0.99)
+        refuse("--del-ratio", "'10'", "0 to 1", del_ratio=10)
+        refuse("--del-ratio", "'much'", del_ratio="much")
+        refuse("--del-ratio", "not allowed with", "--del-block-num", del_ratio=0.1, del_block_num=2)
+
+
+def test_what_is_not_given_is_asked_for(refuses):
+    refuses("--del-block-num", "--del-ratio", del_block_num=None)
+    refuses("--output-dir is missing", output_dir="")
+    refuses("--model-path is missing", model_path="")
+    refuses("--format", "'onnx'", format="onnx")
+
+
+@pytest.mark.parametrize("name, format, k, says", (
+    ("llama", "stock", 3, ("LlamaForCausalLM", "mlp0 is left without its other half", "nearest format is hf")),
+    ("llama", "stock", 6, ("no layer is left", "nearest format is zeroed")),
+    ("llama", "hf", 5, ("no attention of LlamaForCausalLM", "nearest format is zeroed")),
+    ("llama", "auto", 5, ("no attention of LlamaForCausalLM", "nearest format is zeroed")),
+    ("cohere", "stock", 2, ("CohereForCausalLM", "nearest format is hf")),
+    ("opt-post-norm", "zeroed", 1, ("OPTDecoderLayer", "nearest format is hf")),
+    ("bloom-post-norm", "zeroed", 1, ("BloomBlock", "nearest format is hf")),
+))  # fmt: skip
+def test_a_format_that_the_model_cannot_have_is_refused_by_name(refuses, toy_folder, name, format, k, says):
+    refuses(*says, model_path=toy_folder(name), format=format, del_block_num=k)
+
+
+def test_eval_refuses_an_export_before_it_reads_weights(refused, order, damaged, tmp_path):
+    folder = damaged(WEIGHTS, lambda b: b"")
+    same = dict(script="eval", model_path=folder, ppl_search_file=order)
+    refused("no attention", del_block_num=5, export_path=tmp_path / "out", **same)
+    refused("not empty", str(folder), del_block_num=1, export_path=folder, **same)
+    refused("--export-path", "not a folder", del_block_num=1, export_path=folder / WEIGHTS / "out", **same)
+
+
+def test_a_target_that_is_taken_is_refused(refuses, write, toy_folder, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write().code == 0, "an empty folder is free"
+    refuses(str(out), "not empty", "--overwrite")
+    assert write(overwrite=True, del_block_num=1).result["removed"] == ["mlp1"]
+    assert json.loads((out / "config.json").read_text())["pruning_info"]["removed"] == ["mlp1"]
+    refuses("--output-dir", "not a folder", output_dir=text)
+    refuses("--output-dir", "not a folder", output_dir=text / "out")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    refuses("other things than an export", output_dir=foreign, overwrite=True)
+    refuses("holds the model itself", model_path=out, output_dir=out, overwrite=True)
+    refuses("holds the model itself", output_dir=toy_folder().parent, overwrite=True)
+
+
+def test_a_full_disk_leaves_nothing_behind(refuses, write, monkeypatch, tmp_path):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+        refuses(str(tmp_path / "out"), "GiB free", "another disk")
+    write(del_block_num=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # the system refuses to let a file grow
+    try:
+        refuses("too large", "nothing was left", overwrite=True)
+        refuses("too large", "nothing was left", output_dir=tmp_path / "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_interrupted_export_leaves_the_old_one(write, monkeypatch, tmp_path):
+    assert write(del_block_num=1).code == 0
+    before = tree(tmp_path)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lib.export, "verify", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_damaged_source_is_refused(refuses, damaged):
+    folder = damaged(WEIGHTS, lambda b: b[: len(b) // 2])
+    refuses(str(folder), "weights", "download it again", model_path=folder)
+
+
+def test_a_sharded_source_without_one_of_its_files_is_refused(refuses, tmp_path):
+    folder = tmp_path / "sharded"
+    toy("llama", vocab_size=256).save_pretrained(folder, max_shard_size="20KB")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    refuses("a file is missing", "model-00002-of", model_path=folder)
+
+
+def test_a_source_without_one_of_its_tensors_is_refused(refuses, toy_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(toy_folder(), folder)
+    weights = load_file(folder / WEIGHTS)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    refuses("BlockPrunedLlamaForCausalLM", "mlp.up_proj.weight", "complete source", model_path=folder)
+    weights = {k: v for k, v in weights.items() if ".layers.2." not in k}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    refuses("weights of 2 layers", "config.json says 3", model_path=folder)
+
+
+def test_a_quantised_source_is_refused_by_name(refuses, damaged):
+    def quantise(config):
+        return json.dumps(json.loads(config) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}).encode()
+
+    refuses("quantised (gptq)", "dense checkpoint", model_path=damaged("config.json", quantise))
+
+
+def test_a_pruned_export_can_be_measured_but_not_pruned_again(write, refuses, refused, order, tmp_path):
+    write()
+    pruned = dict(model_path=tmp_path / "out", trust_remote_code=True)
+    refuses("pruned export (blockpruned_llama)", "base model", **pruned, output_dir=tmp_path / "again")
+    refused("pruned export (blockpruned_llama)", "base model", **pruned)
+    refused("pruned export", script="eval", ppl_search_file=order, del_block_num=1, **pruned)
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_keeps_it_or_is_refused(refuses, write, toy_folder, tmp_path):
+    folder = tmp_path / "own"
+    shutil.copytree(toy_folder(), folder)
+    (folder / "modeling_own.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config))
+    refuses("code of its own", "--trust-remote-code", model_path=folder)
+    own = dict(model_path=folder, trust_remote_code=True)
+    refuses("OwnForCausalLM is code of the checkpoint's own", "nearest format is stock", **own, format="hf")
+    save_order(tmp_path / "stock.json", [Block("mha", 1), Block("mlp", 1)], {"layers": 3, "model": "own"})
+    run = write(**own, ppl_search_file=tmp_path / "stock.json", del_block_num=2)
+    assert run.code == 0 and run.result["format"] == "stock", run
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    dense = AutoModelForCausalLM.from_pretrained(toy_folder()).eval()
+    with Decoder(dense).masked([("mha", 1), ("mlp", 1)]):
+        torch.testing.assert_close(logits(model), logits(dense))
+    assert type(model).__name__ == "OwnForCausalLM" and model.config.num_hidden_layers == 2
