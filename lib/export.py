@@ -93,9 +93,9 @@ def write_stock(source, removed, folder, info):
     config, layers = stock_config(source, removed)
     config.pruning_info = info | {"source_blocks": [str(layer) for layer in layers]}
     entries = source.relabelled({block: k for k, layer in enumerate(layers) for block in layer.blocks()})
+    verify(type(source.bare), config, entries)
     write_shards(folder, entries)
     _save_config(source, config, folder)
-    verify(type(source.bare), config, entries)
     return _python("PATH")
 
 
@@ -123,10 +123,10 @@ def write_hf(source, removed, folder, info):
             label = str(k) if len(chain) == 1 else f"{k}.steps.{j}"
             labels |= dict.fromkeys(layer.blocks(), label)
     entries = source.relabelled(labels)
+    verify(model_class, config, entries)
     write_shards(folder, entries)
     shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
     _save_config(source, config, folder)
-    verify(model_class, config, entries)
     return _python("PATH, trust_remote_code=True") + (
         f"\n\nThe code is `{Path(modeling.__file__).name}` beside the weights; it builds on the classes of "
         "transformers 5. A program that does not run it refuses the model type.\n"
@@ -154,9 +154,9 @@ def write_zeroed(source, removed, folder, info):
             if all((kind, place.layer) in gone for kind in place.kinds):
                 entry = Entry(name, entry.shape, entry.dtype, _zeros(entry))
         entries.append(entry)
+    verify(type(source.bare), config, entries)
     write_shards(folder, entries)
     _save_config(source, config, folder)
-    verify(type(source.bare), config, entries)
     return _python("PATH") + (
         "\n\nThe removed blocks are there, with weights of zero: this checkpoint is as large and as slow as its base.\n"
     )

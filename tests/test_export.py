@@ -321,9 +321,10 @@ def test_a_loader_without_the_code_refuses(saved, tmp_path):
 
 def test_lm_eval_runs_the_harnesss_own_hf_model_on_an_export(toy_folder, tmp_path, monkeypatch, modules_cache):
     pytest.importorskip("lm_eval.tasks")
+    from lm_eval.models.huggingface import HFLM
+
     from lib import tasks
     from lm_eval import evaluate
-    from lm_eval.models.huggingface import HFLM
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"goal": f"To count to {i}", "sol1": f"say {i}", "sol2": f"sing {7 * i}", "label": i % 2} for i in range(9)]
