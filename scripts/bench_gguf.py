@@ -30,7 +30,7 @@ def main(argv=None):
 
     from lib.orders import to_json
 
-    ids = [100 + i * 37 % 1000 for i in range(args.prompt)]  # what they mean does not matter to the clock
+    ids = [32 + i * 37 % 200 for i in range(args.prompt)]  # what they mean does not matter to the clock
     with parser.user_errors(), contextlib.ExitStack() as stack:
         servers = [
             stack.enter_context(llamacpp.Server(file, args.n_ctx, threads=args.threads)) for file in args.files

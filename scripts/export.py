@@ -8,7 +8,7 @@ from scripts import flags
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
-    parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised)")
+    parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised, but for gguf)")
     flags.add_removal_flags(parser, required=True)
     parser.add_argument("--output-dir", help="folder of the new checkpoint; made when missing")
     parser.add_argument("--format", default="auto", choices=("auto", "stock", "hf", "decilm", "gguf", "zeroed"),

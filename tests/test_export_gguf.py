@@ -168,6 +168,37 @@ def test_one_command_makes_a_file_that_llama_cpp_loads(call, folder, tmp_path):
     assert read_info(tmp_path / "out" / "model.gguf")["removed"] == ["mha1", "mlp2"]
 
 
+def test_the_check_compares_with_the_blocks_that_the_file_names(call, folder, text, tmp_path):
+    pytest.importorskip("xllamacpp")
+    from scripts import check_gguf
+
+    path = written(folder(), tmp_path / "out", "mha1 mlp2")
+    given = {"model_path": folder(), "text": text, "tokens": 12}
+    run = call(check_gguf.main, str(path), *flags(**given))
+    assert run.code == 0 and run.result["tokens"] == 6 and 0 < run.result["logprob"] < 1e-4
+    model = read_deci(path)
+    info = read_info(path) | {"removed": ["mha1"]}
+    save_gguf(tmp_path / "other.gguf", model, info)
+    run = call(check_gguf.main, str(tmp_path / "other.gguf"), *flags(**given))
+    assert run.code == 1 and run.result["logprob"] > 0.01 and "more than 0.01" in run.err
+    del model.fields["pruning_info"]
+    save_gguf(tmp_path / "bare.gguf", model)
+    assert_refused(call(check_gguf.main, str(tmp_path / "bare.gguf"), *flags(**given)), "no pruning_info")
+
+
+def test_the_benchmark_runs_files_in_turns(call, folder, tmp_path):
+    pytest.importorskip("xllamacpp")
+    from scripts import bench_gguf
+
+    files = [str(written(folder(), tmp_path / str(i), removed)) for i, removed in enumerate(("", "mha1 mlp2"))]
+    run = call(bench_gguf.main, *files, *flags(prompt=16, new=4, n_ctx=4096, repeats=2))
+    dense, pruned = run.result["results"]
+    assert len(dense["decode_all"]) == len(pruned["prefill_all"]) == 2 and pruned["decode"] > 0
+    assert (dense["cache_mib"], pruned["cache_mib"]) == (2.0, 1.5) and dense["decode_gain"] == 1
+    assert_refused(call(bench_gguf.main, *files, *flags(n_ctx=64)), "--n-ctx 64", "--prompt 512")
+    assert_refused(call(bench_gguf.main, str(folder() / "config.json")), "config.json", "llama.cpp does not load it")
+
+
 # ---- the tensors ----------------------------------------------------------------------------------
 
 
