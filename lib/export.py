@@ -13,13 +13,15 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from lib import modeling_blockpruned as modeling
-from lib.blocks import Block, block_parameters
+from lib.blocks import block_parameters
 from lib.checkpoint import Entry, Source, write_shards
+from lib.export_decilm import write_decilm
+from lib.export_gguf import read_info, write_gguf
+from lib.layers import Layer, repack
 from lib.model import locate, parameter_count, quiet, readable
 from lib.orders import check_order
 
@@ -33,25 +35,13 @@ PATTERNS = {
 }
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "LICENSE*", "NOTICE*",
+    "chat_template*", "generation_config.json",
 )  # fmt: skip
+LICENCES = ("LICENSE*", "NOTICE*")
 SEARCH_KEYS = (  # what of an order's meta goes into the export
     "block_type", "dataset", "source", "split", "seed", "documents", "windows", "seqlen", "tokens", "text_sha256",
     "dtype", "engine", "approximate",
 )  # fmt: skip
-
-
-class Layer(NamedTuple):
-    """A decoder layer of the pruned model: the source layers of its attention and its MLP, None where absent."""
-
-    mha: int | None
-    mlp: int | None
-
-    def blocks(self):
-        return [Block(kind, i) for kind, i in self._asdict().items() if i is not None]
-
-    def __str__(self):
-        return " ".join(map(str, self.blocks()))
 
 
 def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=False, trust_remote_code=False,
@@ -67,6 +57,8 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     source = Source(path, compute_dtype, trust_remote_code)
     check_order(removed, source.n_layers, "the order")
     format = choose(source, removed) if format == "auto" else format
+    if format == "gguf" and source.gguf and compute_dtype:
+        raise ValueError(f"--compute-dtype {compute_dtype}: --format gguf copies a .gguf file's weights; leave it out")
     total = parameter_count(source.bare)
     kept = total - block_parameters(source.layers, removed)
     info = {
@@ -81,24 +73,6 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
         (temporary / "README.md").write_text(card(source, info, how_to_load), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return {"export": str(folder), **info, "bytes": size}
-
-
-def repack(n_layers, removed, mix=True):
-    """Return the kept blocks as Layers, in depth order.
-
-    An attention and the MLP that directly follows it share a layer, from different source layers only
-    where `mix` allows it (not in models whose branches are parallel).
-    """
-    layers, removed = [], set(removed)
-    for i in range(n_layers):
-        if ("mha", i) not in removed:
-            layers.append(Layer(i, None))
-        if ("mlp", i) not in removed:
-            if layers and layers[-1].mlp is None and (mix or layers[-1].mha == i):
-                layers[-1] = layers[-1]._replace(mlp=i)
-            else:
-                layers.append(Layer(None, i))
-    return layers
 
 
 def choose(source, removed):
@@ -191,7 +165,7 @@ def write_zeroed(source, removed, folder, info):
 # A format is a function (source, removed, folder, info) that writes weights and configuration to the empty
 # `folder` and returns how to load them, for the model card (Markdown). It raises ValueError, naming the
 # nearest format, for a model that cannot have it. info: what goes into the configuration as pruning_info.
-FORMATS = {"stock": write_stock, "hf": write_hf, "zeroed": write_zeroed}
+FORMATS = {"stock": write_stock, "hf": write_hf, "decilm": write_decilm, "gguf": write_gguf, "zeroed": write_zeroed}
 
 
 def stock_config(source, removed):
@@ -303,6 +277,9 @@ def check_target(folder, path, overwrite=False):
     if Path(path).exists() and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
         raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
+        if (folder / "model.gguf").is_file():
+            read_info(folder / "model.gguf")
+            return
         ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
@@ -334,17 +311,21 @@ def _copy_small_files(source, folder, format, trust_remote_code):
     """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
     from transformers import AutoTokenizer
 
-    if source.gguf or (format == "hf" and any(source.folder.glob("tokenizer*"))):
+    new_type = format in ("hf", "decilm")
+    if format != "gguf" and (source.gguf or (new_type and any(source.folder.glob("tokenizer*")))):
         # transformers chooses a tokenizer's class by model type, too; under a new type the file has to name it
         with readable(source.path, "tokenizer"), quiet():
             where, gguf = locate(source.path)
             kwargs = {"gguf_file": gguf} if gguf else {}
             tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
             tokenizer.save_pretrained(folder)
-    if source.gguf:
+    if format == "gguf":  # holds all of it but the licence
+        patterns = () if source.gguf else LICENCES
+    elif source.gguf:
         source.generation_config.save_pretrained(folder)
         return
-    patterns = (*TOKENIZER_FILES, "*.py") if getattr(source.config, "auto_map", None) else TOKENIZER_FILES
+    else:
+        patterns = (*TOKENIZER_FILES, *LICENCES, *(["*.py"] if getattr(source.config, "auto_map", None) else []))
     for pattern in patterns:
         for file in source.folder.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
@@ -367,7 +348,8 @@ def perplexities(removed, meta):
 def card(source, info, how_to_load):
     """Return the model card: YAML for the hub, then what was removed and how to load the rest."""
     front = {"base_model": info["base_model"], **_licence(source)}
-    front |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["pruned", "blockpruner"]}
+    front |= {} if info["format"] in ("decilm", "gguf") else {"library_name": "transformers"}
+    front |= {"pipeline_tag": "text-generation", "tags": ["pruned", "blockpruner"]}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     n, search = len(info["removed"]), info["search"]
     lines += [f"# {Path(info['base_model']).stem} without {n} of its blocks", ""]

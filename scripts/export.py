@@ -8,12 +8,13 @@ from scripts import flags
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
-    parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised)")
+    parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised, but for gguf)")
     flags.add_removal_flags(parser, required=True)
     parser.add_argument("--output-dir", help="folder of the new checkpoint; made when missing")
-    parser.add_argument("--format", choices=("auto", "stock", "hf", "zeroed"), default="auto",
+    parser.add_argument("--format", default="auto", choices=("auto", "stock", "hf", "decilm", "gguf", "zeroed"),
                         help="stock: plain checkpoint with fewer layers; hf: brings a modeling file; "
-                             "auto: stock, else hf; zeroed: full size, for comparison")  # fmt: skip
+                             "auto: stock, else hf; decilm: for vLLM, SGLang and mlx-lm; gguf: for llama.cpp, "
+                             "a .gguf file's weights as they are; zeroed: full size, for comparison")  # fmt: skip
     parser.add_argument("--compute-dtype", choices=flags.DTYPES, default=None,
                         help="dtype of the new weights; as they are stored when absent (.gguf: bf16)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")

@@ -1,0 +1,209 @@
+"""Write a pruned model as a Nemotron-NAS checkpoint (DeciLMForCausalLM), whose layers may lack attention or MLP.
+
+vLLM, SGLang and mlx-lm have that model built in; transformers knows its configuration only through the
+small file that is written along. What their code asks for is written out here: `block_configs` with
+these keys and no others, MLP widths as a multiple that they round to 256, rotation in the old and the
+new spelling, an output bias wherever the queries have one.
+
+    export("models/Llama-2-7b-hf", order[:10], "pruned", format="decilm")
+"""
+import json
+from pathlib import Path
+
+import torch
+
+from lib.checkpoint import Entry, write_shards
+from lib.layers import repack
+
+FAMILIES = ("llama", "mistral", "qwen2")  # model types: SiLU, no norms of queries and keys, none behind a block
+ROPE_TYPES = ("default", "linear", "llama3")  # the same in all these runtimes
+WIDTH = 256  # MLP widths are multiples of it
+
+CONFIGURATION = '''"""Configuration of a Nemotron-NAS checkpoint: block_configs can be read as attributes."""
+from transformers import LlamaConfig
+
+
+class Attributes(dict):
+    """A dict, so that it goes into JSON, whose items are attributes too."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class DeciLMConfig(LlamaConfig):
+    model_type = "nemotron-nas"
+
+    def __init__(self, block_configs=(), **kwargs):
+        super().__init__(**kwargs)
+        self.rope_theta = self.rope_parameters["rope_theta"]  # transformers 5 has it there alone
+        self.block_configs = [
+            Attributes({kind: Attributes(settings) for kind, settings in block.items()}) for block in block_configs
+        ]
+'''
+
+
+def write_decilm(source, removed, folder, info):
+    """Write weights, config.json and configuration_decilm.py into `folder`; a format of lib.export.FORMATS."""
+    check_family(source, removed, "decilm")
+    layers, config = repack(source.n_layers, removed), source.config
+    check_attention(layers, "decilm")
+    if getattr(config, "mlp_bias", False):
+        raise ValueError("--format decilm: the MLPs have biases, which SGLang leaves out; use --format gguf or hf")
+    size = head_size(config)
+    if size * config.num_attention_heads != config.hidden_size:
+        raise ValueError(
+            f"--format decilm: {config.num_attention_heads} heads of {size} are not the hidden size "
+            f"{config.hidden_size}, as mlx-lm wants it; use --format gguf or hf"
+        )
+    folder = Path(folder)
+    write_shards(folder, _entries(source, layers))
+    (folder / "config.json").write_text(json.dumps(_config(source, layers, info), indent=2) + "\n", encoding="utf-8")
+    (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
+    zeroed = layers[0].mha is None
+    note = "Layer 0 has an attention of zeros, because runtimes expect one there.\n\n" if zeroed else ""
+    return (
+        "A Nemotron-NAS checkpoint (`DeciLMForCausalLM`), for runtimes that have this model built in; transformers "
+        f"has not.\n\n{note}```bash\nmlx_lm.generate --model FOLDER --trust-remote-code --prompt ...\n"
+        "vllm serve FOLDER --trust-remote-code\n```"
+    )
+
+
+def check_family(source, removed, format):
+    """Raise ValueError unless runtimes that know Llama with gaps run this model as transformers does."""
+    config = source.config
+    rest = f"--format {format} is for {', '.join(FAMILIES)} with SiLU and without sliding windows; use --format hf"
+
+    def refuse(what):
+        raise ValueError(f"--model-path {source.path}: {what}; {rest}")
+
+    if config.model_type not in FAMILIES or not source.native:
+        refuse(f"its model type is {config.model_type}")
+    if config.hidden_act not in ("silu", "swish"):
+        refuse(f"its activation is {config.hidden_act}")
+    if config.rope_parameters["rope_type"] not in ROPE_TYPES:
+        raise ValueError(
+            f"--model-path {source.path}: its rotary positions are {config.rope_parameters['rope_type']}; "
+            f"--format {format} can hold {', '.join(ROPE_TYPES)}; use --format hf"
+        )
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * source.n_layers
+    slides = [i for i in range(source.n_layers) if ("mha", i) not in set(removed) and types[i] == "sliding_attention"]
+    if window and window < config.max_position_embeddings and slides:
+        refuse(f"attention {slides[0]} has a sliding window of {window} tokens")
+
+
+def check_attention(layers, format):
+    """Raise ValueError where no layer has attention: these runtimes take their cache from one."""
+    if all(layer.mha is None for layer in layers):
+        raise ValueError(
+            f"--format {format}: no attention is left, which its runtimes cannot run; remove fewer blocks, or use "
+            "--format zeroed"
+        )
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def padded(width):
+    """Return the MLP width that is written: the next multiple of WIDTH."""
+    return -(-width // WIDTH) * WIDTH
+
+
+def _config(source, layers, info):
+    """Return config.json."""
+    config = source.config
+    width, rope = padded(config.intermediate_size), dict(config.rope_parameters)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    mha = {
+        "no_op": False, "replace_with_linear": False,
+        "n_heads_in_group": config.num_attention_heads // config.num_key_value_heads,
+    }  # format: skip
+    # read back as int(2 * ffn_mult * hidden_size / 3), then up to a multiple of 256: aimed at the middle
+    mlp = {"no_op": False, "replace_with_linear": False, "ffn_mult": 1.5 * (width - WIDTH // 2) / config.hidden_size}
+    no_mha, no_mlp = mha | {"no_op": True, "n_heads_in_group": None}, mlp | {"no_op": True, "ffn_mult": None}
+    kept = {name: getattr(config, name) for name in (
+        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
+        "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+        "tie_word_embeddings",
+    )}  # format: skip
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+        **kept,
+        "num_hidden_layers": len(layers),
+        "intermediate_size": width,
+        "head_dim": head_size(config),
+        "attention_bias": _has_bias(source),
+        "mlp_bias": False,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "rope_parameters": rope,
+        "dtype": str(source.entry(_embedding(source)).dtype).removeprefix("torch."),
+        "block_configs": [
+            {
+                "attention": no_mha if layer.mha is None and i else mha,
+                "ffn": no_mlp if layer.mlp is None else mlp,
+            }
+            for i, layer in enumerate(layers)
+        ],
+        "pruning_info": info,
+    }
+
+
+def _entries(source, layers):
+    """Return the Entries of the checkpoint: blocks in their new layers, MLPs of full width, zeros where zeros stand."""
+    config, entries = source.config, []
+    where = {("mha", layer.mha): i for i, layer in enumerate(layers)}
+    where |= {("mlp", layer.mlp): i for i, layer in enumerate(layers)}
+    for entry in source.relabelled(where):
+        if ".mlp." in entry.name:
+            entry = _widened(entry, int("down_proj" in entry.name), padded(config.intermediate_size))
+        entries.append(entry)
+    names, embedding = {entry.name for entry in entries}, source.entry(_embedding(source))
+    if "lm_head.weight" not in names:
+        entries.append(embedding._replace(name="lm_head.weight"))
+    H, dtype = config.hidden_size, embedding.dtype
+    if layers[0].mha is None:
+        kv = head_size(config) * config.num_key_value_heads
+        shapes = {"q_proj": (H, H), "k_proj": (kv, H), "v_proj": (kv, H), "o_proj": (H, H)}
+        entries += [_zeros(f"model.layers.0.self_attn.{name}.weight", shape, dtype) for name, shape in shapes.items()]
+        entries.append(_zeros("model.layers.0.input_layernorm.weight", (H,), dtype))
+        if _has_bias(source):
+            biases = {name: shape[:1] for name, shape in shapes.items()}
+            entries += [_zeros(f"model.layers.0.self_attn.{name}.bias", shape, dtype) for name, shape in biases.items()]
+    if _has_bias(source):
+        names = {entry.name for entry in entries}
+        outputs = [name.replace("q_proj", "o_proj") for name in names if name.endswith("q_proj.bias")]
+        entries += [_zeros(name, (H,), dtype) for name in sorted({*outputs} - names)]
+    return entries
+
+
+def _has_bias(source):
+    return any(name.endswith("q_proj.bias") for name in source.names())
+
+
+def _embedding(source):
+    return next(name for name in source.names() if name.endswith("embed_tokens.weight"))
+
+
+def _widened(entry, dim, size):
+    """Return the Entry of a matrix with zeros behind it along `dim`, up to `size`."""
+    shape = list(entry.shape)
+    missing, shape[dim] = size - shape[dim], size
+
+    def load():
+        tensor = entry.load()
+        zeros = list(tensor.shape)
+        zeros[dim] = missing
+        return torch.cat((tensor, tensor.new_zeros(zeros)), dim)
+
+    return entry._replace(shape=tuple(shape), load=load)
+
+
+def _zeros(name, shape, dtype):
+    return Entry(name, shape, dtype, lambda: torch.zeros(shape, dtype=dtype))

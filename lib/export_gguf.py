@@ -1,0 +1,351 @@
+"""Write a pruned model as a GGUF file for llama.cpp, from a checkpoint or straight from a .gguf file.
+
+Where the kept blocks repack into whole layers the file has its ordinary architecture, llama or qwen2.
+Else it is "deci" (Nemotron-NAS), whose layers may lack attention or MLP. From a .gguf file the tensors
+are copied byte for byte, quantised ones too; nothing is dequantised.
+
+    save_gguf("pruned.gguf", prune(read_gguf("model.Q4_K_M.gguf"), removed))
+
+What llama.cpp does with the zeros of a deci file, and what is written so that the model stays right: a
+layer with feed_forward_length 0 loses its attention's output, so it gets an MLP of IDLE zero rows. Sizes
+of heads come from layer 0, so its head_count is never 0: heads without key-value heads are a plain
+matrix there, which is zero here and keeps no cache.
+"""
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lib.checkpoint import check_space
+from lib.export_decilm import check_attention, check_family, head_size
+from lib.gguf_vocab import vocabulary
+from lib.layers import repack
+from lib.model import load_tokenizer, readable
+
+ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' model_type -> llama.cpp's name
+IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
+ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
+MLP = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+BLOCK = re.compile(r"blk\.(\d+)\.((\w+)\.(?:weight|bias))")
+FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
+
+
+class Tensor(NamedTuple):
+    """A tensor as GGUF keeps it: `load()` gives a numpy array of this shape and dtype, bytes where the type is packed.
+
+    type: gguf.GGMLQuantizationType.
+    """
+
+    shape: tuple
+    dtype: str
+    type: int
+    load: Callable
+
+
+class Model(NamedTuple):
+    """What a GGUF file holds: fields {key: gguf.GGUFValue}, tensors {name: Tensor}."""
+
+    arch: str
+    fields: dict
+    tensors: dict
+
+    def get(self, key, default=None):
+        """Return the value of the architecture's own field `key`, e.g. "block_count"."""
+        field = self.fields.get(f"{self.arch}.{key}")
+        return default if field is None else field.value
+
+
+def write_gguf(source, removed, folder, info):
+    """Write model.gguf into `folder`; a format of lib.export.FORMATS."""
+    dense = read_gguf(source.path) if source.gguf else from_checkpoint(source, removed)
+    pruned = prune(dense, removed)
+    save_gguf(Path(folder) / "model.gguf", pruned, info)
+    return f"A GGUF file of llama.cpp's architecture `{pruned.arch}`:\n\n```bash\nllama-cli -m model.gguf\n```"
+
+
+def prune(model, removed):
+    """Return the Model without the blocks `removed`; deci where some layer lacks its attention or MLP.
+
+    Raises ValueError where no attention would be left, or a deci file cannot hold the model.
+    """
+    layers = repack(model.get("block_count"), removed)
+    check_attention(layers, "gguf")
+    where = {("mha", layer.mha): i for i, layer in enumerate(layers)}
+    where |= {("mlp", layer.mlp): i for i, layer in enumerate(layers)}
+    tensors = {}
+    for name, tensor in model.tensors.items():
+        if match := BLOCK.fullmatch(name):
+            layer, rest, part = match.groups()
+            block = ("mha" if part in ATTENTION else "mlp", int(layer))
+            if block not in where:
+                continue
+            name = f"blk.{where[block]}.{rest}"
+        tensors[name] = tensor
+    if any(None in layer for layer in layers):
+        return _deci(model._replace(tensors=tensors), layers)
+    fields = model.fields | {f"{model.arch}.block_count": _number(len(layers))}
+    return model._replace(fields=fields, tensors=tensors)
+
+
+def _deci(model, layers):
+    """Return the Model under the architecture deci; its tensors have moved already."""
+    heads, width, size = model.get("attention.head_count"), model.get("embedding_length"), _head_size(model)
+    kv_heads, ffn = model.get("attention.head_count_kv", heads), model.get("feed_forward_length")
+    fields = {key.replace(f"{model.arch}.", "deci.", 1): value for key, value in model.fields.items()}
+    tensors = dict(model.tensors)
+    if model.arch == "qwen2":  # its rotation pairs dimensions half a head apart, deci's neighbouring ones
+        for name, tensor in tensors.items():
+            if name.endswith(("attn_q.weight", "attn_q.bias")):
+                tensors[name] = interleaved(tensor, heads)
+            if name.endswith(("attn_k.weight", "attn_k.bias")):
+                tensors[name] = interleaved(tensor, kv_heads)
+    for i, layer in enumerate(layers):
+        if layer.mlp is None:
+            tensors |= {f"blk.{i}.ffn_{part}.weight": zeros(IDLE, width) for part in ("gate", "up")}
+            tensors |= {f"blk.{i}.ffn_down.weight": zeros(width, IDLE), f"blk.{i}.ffn_norm.weight": zeros(width)}
+    if layers[0].mha is None:
+        tensors |= {"blk.0.attn_norm.weight": zeros(width), "blk.0.attn_output.weight": zeros(width, width)}
+    counts = {
+        "attention.head_count": [heads if layer.mha is not None or i == 0 else 0 for i, layer in enumerate(layers)],
+        "attention.head_count_kv": [0 if layer.mha is None else kv_heads for layer in layers],
+        "feed_forward_length": [IDLE if layer.mlp is None else ffn for layer in layers],
+    }
+    numbers = {
+        "block_count": len(layers), "attention.key_length": size, "attention.value_length": size,
+        "rope.dimension_count": size,
+    }  # fmt: skip
+    fields |= {f"deci.{key}": _numbers(values) for key, values in counts.items()}
+    fields |= {f"deci.{key}": _number(value) for key, value in numbers.items()}
+    return Model("deci", fields, tensors)
+
+
+# ---- a .gguf file --------------------------------------------------------------------------------
+
+
+def read_gguf(path):
+    """Return the Model of a .gguf file, its tensors still in the file.
+
+    Raises ValueError for other architectures than llama and qwen2, for experts, and for parts of a split file.
+    """
+    import gguf
+
+    with readable(path, "gguf"):
+        reader = gguf.GGUFReader(path)
+        array = gguf.GGUFValueType.ARRAY
+        fields = {
+            key: gguf.GGUFValue(field.contents(), field.types[0], field.types[-1] if field.types[0] == array else None)
+            for key, field in reader.fields.items()
+            if not key.startswith("GGUF.")
+        }
+        tensors = {
+            t.name: Tensor(t.data.shape, t.data.dtype, t.tensor_type, lambda t=t: t.data) for t in reader.tensors
+        }
+    model = Model(fields["general.architecture"].value, fields, tensors)
+    _check_file(path, model, reader)
+    return model
+
+
+def read_info(path):
+    """Return the pruning_info of an exported file; raise ValueError where it has none."""
+    import gguf
+
+    with readable(path, "gguf"):
+        field = gguf.GGUFReader(path).get_field("pruning_info")
+        info = json.loads(field.contents()) if field else None
+    if info is None:
+        raise ValueError(f"{path}: has no pruning_info; give a model.gguf of --format gguf")
+    return info
+
+
+def _check_file(path, model, reader):
+    def refuse(what, instead):
+        raise ValueError(f"--model-path {path}: {what}; {instead}")
+
+    if model.arch not in ARCHS.values():
+        refuse(f"architecture {model.arch}; --format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
+               "give the model's folder and use --format hf")  # fmt: skip
+    missing = [key for key in REQUIRED if model.get(key) is None]
+    if missing:
+        refuse(f"it lacks {model.arch}.{missing[0]}", "give a complete file")
+    if (splits := model.fields.get("split.count")) and splits.value > 1:
+        refuse(f"one of {splits.value} parts", "join them with llama-gguf-split --merge and give the whole")
+    if reader.byte_order != "I":
+        refuse("of the other byte order", "convert it with gguf-convert-endian")
+    for key, field in model.fields.items():
+        if key.startswith(f"{model.arch}.") and isinstance(field.value, list):
+            refuse(f"{key} differs from layer to layer", "give the file of the model before it was changed")
+    if model.get("rope.dimension_count", _head_size(model)) != _head_size(model):
+        refuse("it rotates a part of each head", "give the model's folder and use --format hf")
+    for name in model.tensors:  # experts, fused projections
+        match = BLOCK.fullmatch(name)
+        if name.startswith("blk.") and (not match or match[3] not in ATTENTION + MLP):
+            refuse(f"{name} is of no known block", "give the model's folder and use --format hf")
+
+
+# ---- a checkpoint --------------------------------------------------------------------------------
+
+
+def from_checkpoint(source, removed):
+    """Return the Model of a Source of lib.checkpoint: matrices in their dtype, vectors in fp32, as llama.cpp wants.
+
+    Raises ValueError for families and tokenizers that llama.cpp would not run the same.
+    """
+    import gguf
+
+    check_family(source, removed, "gguf")
+    config = source.config
+    arch, heads, kv_heads = ARCHS[config.model_type], config.num_attention_heads, config.num_key_value_heads
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), source.n_layers)
+    tensors = {}
+    for name in source.names():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise ValueError(
+                f"--model-path {source.path}: {name}: llama.cpp's {arch} has no such tensor; use --format hf"
+            )
+        tensors[new] = _tensor(source.entry(name))
+        if arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
+            tensors[new] = interleaved(tensors[new], heads if "attn_q" in new else kv_heads)
+    matrices = source.entry(next(n for n in source.names() if n.endswith("embed_tokens.weight")))
+    size, rope = head_size(config), config.rope_parameters
+    writer = gguf.GGUFWriter(None, arch)
+    writer.add_type("model")
+    writer.add_name(Path(source.path).resolve().name)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[matrices.dtype]])
+    writer.add_block_count(source.n_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = _constant(_llama3_factors(config))
+    tokenizer = load_tokenizer(source.path)
+    return Model(arch, writer.kv_data[0] | vocabulary(tokenizer, config.vocab_size), tensors)
+
+
+def _llama3_factors(config):
+    """Return by how much each rotation is slowed down, (size/2,) float32."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    slow, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    size = head_size(config)
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return (plain / slow).numpy()
+
+
+def _tensor(entry):
+    """Return the Tensor of an Entry of lib.checkpoint."""
+    import gguf
+
+    dtype = torch.float32 if len(entry.shape) == 1 else entry.dtype
+    if dtype not in FILE_TYPES:
+        raise ValueError(
+            f"--format gguf: {entry.name} is {dtype}, and a GGUF file's weights are fp32, fp16 or bf16; "
+            "give one of them as --compute-dtype"
+        )
+
+    def load():
+        tensor = entry.load().to(dtype).contiguous()
+        return (tensor.view(torch.uint8) if dtype == torch.bfloat16 else tensor).numpy()
+
+    if dtype == torch.bfloat16:  # numpy knows no such type
+        *rows, columns = entry.shape
+        return Tensor((*rows, 2 * columns), "uint8", gguf.GGMLQuantizationType.BF16, load)
+    kind = gguf.GGMLQuantizationType.F16 if dtype == torch.float16 else gguf.GGMLQuantizationType.F32
+    return Tensor(tuple(entry.shape), "float16" if dtype == torch.float16 else "float32", kind, load)
+
+
+# ---- tensors and files ---------------------------------------------------------------------------
+
+
+def interleaved(tensor, heads):
+    """Return a query or key Tensor with the halves of each head's rows interleaved.
+
+    A rotation that pairs rows i and i + size/2 of a head then pairs 2i and 2i+1. Rows are moved whole,
+    so that quantised ones stay as they are.
+    """
+
+    def load():
+        data = tensor.load()
+        halves = data.reshape(heads, 2, len(data) // heads // 2, *data.shape[1:])
+        return halves.swapaxes(1, 2).reshape(data.shape)
+
+    return tensor._replace(load=load)
+
+
+def zeros(*shape):
+    """Return a Tensor of zeros: a vector in fp32, a matrix in fp16."""
+    import numpy as np
+
+    return _constant(np.zeros(shape, "float32" if len(shape) == 1 else "float16"))
+
+
+def save_gguf(path, model, info=None):
+    """Write a Model to a new file, tensor by tensor; info goes into the field pruning_info, as JSON.
+
+    Raises ValueError before writing where the disk is too small.
+    """
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, model.arch)
+    other = {"general.architecture", "general.alignment", "general.size_label"} | ({"pruning_info"} if info else set())
+    for key, field in model.fields.items():
+        if key not in other:
+            writer.add_key_value(key, field.value, field.type, field.sub_type)
+    if info:
+        writer.add_string("pruning_info", json.dumps(info))
+    total = 0
+    for name, tensor in model.tensors.items():
+        dtype = np.dtype(tensor.dtype)
+        nbytes = int(np.prod(tensor.shape)) * dtype.itemsize
+        writer.add_tensor_info(name, tensor.shape, dtype, nbytes, tensor.type)
+        total += nbytes
+    check_space(Path(path).parent, total)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in model.tensors.values():
+            writer.write_tensor_data(np.ascontiguousarray(tensor.load()))
+    finally:
+        writer.close()
+
+
+def _constant(array):
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.F32 if array.dtype == "float32" else gguf.GGMLQuantizationType.F16
+    return Tensor(array.shape, array.dtype, kind, lambda: array)
+
+
+def _head_size(model):
+    return model.get("attention.key_length", model.get("embedding_length") // model.get("attention.head_count"))
+
+
+def _number(value):
+    import gguf
+
+    return gguf.GGUFValue(value, gguf.GGUFValueType.UINT32)
+
+
+def _numbers(values):
+    import gguf
+
+    return gguf.GGUFValue(values, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)

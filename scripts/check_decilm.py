@@ -1,0 +1,63 @@
+"""Compare mlx-lm on a decilm export with transformers on the model it was pruned from: logits of real text.
+
+The blocks that the export's pruning_info names are masked in transformers. mlx-lm gets half of the text as a
+prompt and the rest token by token, through its cache. scripts/check_decilm.sh makes the environment that
+mlx-lm needs, beside this one.
+
+    bash scripts/check_decilm.sh pruned --model-path models/SmolLM2-135M --text wikitext2.txt
+"""
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from scripts import flags
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    parser.add_argument("folder", help="folder written by scripts.export --format decilm --compute-dtype fp32")
+    parser.add_argument("--model-path", required=True, help="the dense model: hub id, folder or .gguf file")
+    parser.add_argument("--text", required=True, help="file of text; its first tokens are used")
+    parser.add_argument("--mlx-python", required=True, help="python of an environment with mlx-lm")
+    parser.add_argument("--tokens", type=flags.positive, default=64, help="tokens to compare")
+    parser.add_argument("--tolerance", type=flags.size, default=0.01, help="largest difference of a log-probability")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    import numpy as np
+    import torch
+
+    from lib.blocks import Block, Decoder
+    from lib.model import load_model, load_tokenizer
+    from lib.orders import to_json
+
+    with parser.user_errors():
+        info = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8")).get("pruning_info")
+        if info is None:
+            raise ValueError(f"{args.folder}: config.json has no pruning_info; give a folder of --format decilm")
+        removed = [Block(name[:3], int(name[3:])) for name in info["removed"]]
+        with open(args.text, encoding="utf-8") as file:
+            text = file.read(40 * args.tokens)
+        ids = load_tokenizer(args.model_path).encode(text)[: args.tokens]
+        decoder = Decoder(load_model(args.model_path, "fp32"))
+        with decoder.masked(removed), torch.inference_mode():
+            wanted = decoder.model(torch.tensor([ids])).logits[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(temporary) / "logits.npy"
+        here = Path(__file__).with_name("mlx_logits.py")
+        subprocess.run([args.mlx_python, here, args.folder, json.dumps(ids), out], check=True)
+        found = torch.from_numpy(np.load(out))
+    logits = (wanted - found).abs().max().item()
+    logprobs = (wanted.log_softmax(-1) - found.log_softmax(-1)).abs().max().item()
+    print(f"{args.folder}: {len(removed)} blocks removed, {len(ids)} tokens, all of the vocabulary")
+    print(f"largest difference of a logit {logits:.2e}, of a log-probability {logprobs:.2e}")
+    print(to_json({"folder": args.folder, "tokens": len(ids), "logit": logits, "logprob": logprobs}))
+    if logprobs > args.tolerance:
+        parser.exit(1, f"more than {args.tolerance}\n")
+
+
+if __name__ == "__main__":
+    main()

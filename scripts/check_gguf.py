@@ -1,0 +1,53 @@
+"""Compare llama.cpp on a .gguf file with transformers on the model it was pruned from: log-probabilities of real text.
+
+The blocks that the file's pruning_info names are masked in transformers. llama.cpp gets the text token by
+token, through its KV cache, behind a prompt of half of it. Needs `pip install xllamacpp`.
+
+    python -m scripts.check_gguf pruned/model.gguf --model-path models/SmolLM2-135M --text wikitext2.txt
+"""
+from scripts import flags, llamacpp
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    parser.add_argument("file", help=".gguf file written by scripts.export")
+    parser.add_argument("--model-path", required=True, help="the dense model: hub id, folder or .gguf file")
+    parser.add_argument("--text", required=True, help="file of text; its first tokens are used")
+    parser.add_argument("--tokens", type=flags.positive, default=64, help="tokens to compare")
+    parser.add_argument("--tolerance", type=flags.size, default=0.01, help="largest difference of a log-probability")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    import torch
+
+    from lib.blocks import Block, Decoder
+    from lib.export_gguf import read_info
+    from lib.model import load_model, load_tokenizer
+    from lib.orders import to_json
+
+    with parser.user_errors():
+        removed = [Block(name[:3], int(name[3:])) for name in read_info(args.file)["removed"]]
+        with open(args.text, encoding="utf-8") as file:
+            text = file.read(40 * args.tokens)
+        ids = load_tokenizer(args.model_path).encode(text)[: args.tokens + 1]
+        decoder = Decoder(load_model(args.model_path, "fp32"))
+        with decoder.masked(removed), torch.inference_mode():
+            wanted = decoder.model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        with llamacpp.Server(args.file, 2 * len(ids), exact=True) as server:
+            first = len(ids) // 2
+            found = [server.logprobs(ids[: n + 1], wanted.shape[1]) for n in range(first, len(ids) - 1)]
+    wanted, found = wanted[first:], torch.stack(found)
+    next_ids = torch.tensor(ids[first + 1 :]).unsqueeze(1)
+    of_text = (wanted.gather(1, next_ids) - found.gather(1, next_ids)).abs().max().item()
+    of_all = (wanted.softmax(-1) - found.softmax(-1)).abs().max().item()
+    print(f"{args.file}: {len(removed)} blocks removed, {len(found)} tokens")
+    print(f"largest difference of a log-probability {of_text:.2e}, of a probability of any token {of_all:.2e}")
+    print(to_json({"file": args.file, "tokens": len(found), "logprob": of_text, "probability": of_all}))
+    if of_text > args.tolerance:
+        parser.exit(1, f"more than {args.tolerance}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,511 @@
+"""GGUF exports: llama.cpp itself gives transformers' probabilities, and every tensor is in its place, byte for byte."""
+import json
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from command_line import assert_refused, flags
+from families import toy
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from lib import gguf_vocab
+from lib.blocks import Block, Decoder
+from lib.checkpoint import Source
+from lib.export import export
+from lib.export_gguf import prune, read_gguf, read_info, save_gguf
+from lib.orders import save_order
+
+SHAPE = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4}
+IDS = [5, 77, 200, 33, 290, 12, 9, 121, 121, 64, 8, 300]
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}
+GAPS = (  # every place, every kind; what is whole again keeps the ordinary architecture
+    ("", "whole"), ("mha0", "deci"), ("mha1", "deci"), ("mha3", "deci"),
+    ("mlp0", "deci"), ("mlp1", "deci"), ("mlp3", "deci"),
+    ("mha0 mlp0", "whole"), ("mha2 mlp2", "whole"), ("mha3 mlp3", "whole"), ("mlp1 mha2", "whole"),
+    ("mlp0 mlp1", "deci"), ("mha0 mha1", "deci"), ("mha0 mlp1 mlp3", "deci"), ("mha1 mha2 mlp2 mlp3", "deci"),
+)  # fmt: skip
+
+
+def blocks(names):
+    return [Block(name[:3], int(name[3:])) for name in names.split()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a function that saves a toy and a tokenizer with merges, once: (name, **overrides) -> folder."""
+    saved = {}
+
+    def save(name="llama", **overrides):
+        key = json.dumps([name, overrides])
+        if key not in saved:
+            saved[key] = tmp_path_factory.mktemp("models") / f"{name}-{len(saved)}"
+            toy(name, **SHAPE, **overrides).save_pretrained(saved[key])
+            byte_level().save_pretrained(saved[key])
+        return saved[key]
+
+    return save
+
+
+def byte_level(*splits, ignore_merges=False, merges=60):
+    """Return a byte-level BPE tokenizer, trained on a few words, that splits text by `splits` first."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not any("Split" in str(type(s)) for s in splits))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, last]) if splits else last
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["The quick brown fox's 1234567 jumps, they've said; 99 99 the end.\n\n  end"] * 3,
+        trainers.BpeTrainer(vocab_size=258 + merges, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                            special_tokens=["<s>", "</s>"], show_progress=False))  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token=None)
+
+
+def written(folder, target, removed, **options):
+    export(folder, blocks(removed), target, format="gguf", **options)
+    return target / "model.gguf"
+
+
+def expected(folder, removed):
+    """The log-probabilities (T, V) of transformers with the blocks masked."""
+    from lib.model import load_model
+
+    decoder = Decoder(load_model(folder, "fp32"))
+    with decoder.masked(blocks(removed)), torch.inference_mode():
+        return decoder.model(torch.tensor([IDS])).logits[0].log_softmax(-1)
+
+
+def by_llama_cpp(path):
+    """The same by llama.cpp: after a prompt, and token by token with its cache."""
+    pytest.importorskip("xllamacpp")
+    from scripts.llamacpp import Server
+
+    with Server(path, 256, exact=True) as server:
+        return torch.stack([server.logprobs(IDS[: n + 1], SHAPE["vocab_size"]) for n in (7, 8, 9, 10, 11)])
+
+
+def assert_same(path, folder, removed):
+    assert (by_llama_cpp(path) - expected(folder, removed)[7:12]).abs().max() < 1e-4
+
+
+# ---- llama.cpp gives the same probabilities -------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed, architecture", GAPS)
+def test_llama_cpp_agrees_with_transformers(folder, tmp_path, removed, architecture):
+    path = written(folder(), tmp_path / "out", removed)
+    assert read_gguf_arch(path) == ("llama" if architecture == "whole" else "deci")
+    assert_same(path, folder(), removed)
+
+
+@pytest.mark.parametrize("removed", ("", "mha0", "mha1 mlp2", "mlp1 mha2"))
+@pytest.mark.parametrize("name, overrides", (
+    ("qwen2", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": None, "head_dim": 32}),
+    ("llama-bias", {}), ("llama", {"rope_parameters": LLAMA3}), ("llama", {"rope_parameters": LINEAR}),
+    ("qwen2", {"tie_word_embeddings": True}),
+))  # fmt: skip
+def test_llama_cpp_agrees_on_every_family_offered(folder, tmp_path, name, overrides, removed):
+    assert_same(written(folder(name, **overrides), tmp_path / "out", removed), folder(name, **overrides), removed)
+
+
+def test_an_attention_without_mlp_is_lost_where_the_zero_mlp_is_left_out(folder, tmp_path):
+    """Why it is written: llama.cpp skips the rest of a layer whose feed_forward_length is 0, attention included."""
+    path = written(folder(), tmp_path / "out", "mlp2")
+    with_fault = read_deci(path)
+    lengths = with_fault.fields["deci.feed_forward_length"].value
+    assert lengths == [48, 48, 256, 48]
+    lengths[2] = 0
+    for name in [name for name in with_fault.tensors if name.startswith("blk.2.ffn")]:
+        del with_fault.tensors[name]
+    save_gguf(tmp_path / "fault.gguf", with_fault)
+    got = by_llama_cpp(tmp_path / "fault.gguf")
+    assert (got - expected(folder(), "mlp2")[7:12]).abs().max() > 0.1  # wrong
+    assert (got - expected(folder(), "mha2 mlp2")[7:12]).abs().max() < 1e-4  # as if the attention were gone too
+
+
+def test_layer_0_without_heads_does_not_load(folder, tmp_path):
+    """Why layer 0 keeps a head count: sizes of all heads come from it."""
+    pytest.importorskip("xllamacpp")
+    from scripts.llamacpp import Server
+
+    without = read_deci(written(folder(), tmp_path / "out", "mha0"))
+    assert without.fields["deci.attention.head_count"].value == [4, 4, 4, 4]
+    assert without.fields["deci.attention.head_count_kv"].value == [0, 2, 2, 2]
+    without.fields["deci.attention.head_count"].value[0] = 0
+    save_gguf(tmp_path / "fault.gguf", without)
+    with pytest.raises(ValueError, match="does not load"), Server(tmp_path / "fault.gguf", 256):
+        pass
+
+
+def test_removed_attentions_hold_no_cache(folder, tmp_path):
+    pytest.importorskip("xllamacpp")
+    from scripts.llamacpp import Server
+
+    sizes = []
+    for i, removed in enumerate(("", "mha1", "mha0 mha2")):
+        path = written(folder(num_key_value_heads=4, num_attention_heads=4), tmp_path / str(i), removed)
+        with Server(path, 8192) as server:
+            sizes.append(server.cache_mib)
+    assert sizes == [8192 * 4 * 2 * 64 * 2 / 2**20 * left / 4 for left in (4, 3, 2)]
+
+
+def test_one_command_makes_a_file_that_llama_cpp_loads(call, folder, tmp_path):
+    from scripts import export as script
+
+    save_order(tmp_path / "order.json", blocks("mha1 mlp2 mha0"), {"layers": 4})
+    given = {"ppl_search_file": tmp_path / "order.json", "output_dir": tmp_path / "out", "format": "gguf"}
+    run = call(script.main, *flags(model_path=folder(), del_block_num=2, **given))
+    assert run.code == 0 and run.result["format"] == "gguf" and run.result["removed"] == ["mha1", "mlp2"]
+    assert_same(tmp_path / "out" / "model.gguf", folder(), "mha1 mlp2")
+    run = call(script.main, *flags(model_path=folder("gemma"), del_block_num=2, overwrite=True, **given))
+    assert_refused(run, "gemma", "llama, mistral, qwen2", "--format hf")
+    assert read_info(tmp_path / "out" / "model.gguf")["removed"] == ["mha1", "mlp2"]
+
+
+def test_the_check_compares_with_the_blocks_that_the_file_names(call, folder, text, tmp_path):
+    pytest.importorskip("xllamacpp")
+    from scripts import check_gguf
+
+    path = written(folder(), tmp_path / "out", "mha1 mlp2")
+    given = {"model_path": folder(), "text": text, "tokens": 12}
+    run = call(check_gguf.main, str(path), *flags(**given))
+    assert run.code == 0 and run.result["tokens"] == 6 and 0 < run.result["logprob"] < 1e-4
+    model = read_deci(path)
+    info = read_info(path) | {"removed": ["mha1"]}
+    save_gguf(tmp_path / "other.gguf", model, info)
+    run = call(check_gguf.main, str(tmp_path / "other.gguf"), *flags(**given))
+    assert run.code == 1 and run.result["logprob"] > 0.01 and "more than 0.01" in run.err
+    del model.fields["pruning_info"]
+    save_gguf(tmp_path / "bare.gguf", model)
+    assert_refused(call(check_gguf.main, str(tmp_path / "bare.gguf"), *flags(**given)), "no pruning_info")
+
+
+def test_the_benchmark_runs_files_in_turns(call, folder, tmp_path):
+    pytest.importorskip("xllamacpp")
+    from scripts import bench_gguf
+
+    files = [str(written(folder(), tmp_path / str(i), removed)) for i, removed in enumerate(("", "mha1 mlp2"))]
+    run = call(bench_gguf.main, *files, *flags(prompt=16, new=4, n_ctx=4096, repeats=2))
+    dense, pruned = run.result["results"]
+    assert len(dense["decode_all"]) == len(pruned["prefill_all"]) == 2 and pruned["decode"] > 0
+    assert (dense["cache_mib"], pruned["cache_mib"]) == (2.0, 1.5) and dense["decode_gain"] == 1
+    assert_refused(call(bench_gguf.main, *files, *flags(n_ctx=64)), "--n-ctx 64", "--prompt 512")
+    assert_refused(call(bench_gguf.main, str(folder() / "config.json")), "config.json", "llama.cpp does not load it")
+
+
+# ---- the tensors ----------------------------------------------------------------------------------
+
+
+def tensors(path):
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+
+def read_gguf_arch(path):
+    return gguf.GGUFReader(path).get_field("general.architecture").contents()
+
+
+def read_deci(path):
+    """The Model of a deci file, which read_gguf refuses: it is pruned already."""
+    from unittest.mock import patch
+
+    with patch("lib.export_gguf._check_file"):
+        return read_gguf(path)
+
+
+@pytest.mark.parametrize("dtype, kind, exact", (
+    ("fp32", "F32", torch.float32), ("fp16", "F16", torch.float16), ("bf16", "BF16", torch.bfloat16),
+))  # fmt: skip
+def test_weights_are_those_of_the_checkpoint_in_the_dtype_asked_for(folder, tmp_path, dtype, kind, exact):
+    path = written(folder(), tmp_path / "out", "mha1 mlp2", compute_dtype=dtype)
+    state, found = toy("llama", **SHAPE).state_dict(), tensors(path)
+    wanted = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
+    parts = {"attn_norm": "input_layernorm", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}
+    mlp = {"ffn_norm": "post_attention_layernorm"} | {f"ffn_{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")}
+    for i, (a, m) in enumerate(((0, 0), (None, 1), (2, None), (3, 3))):
+        wanted |= {f"blk.{i}.{new}": f"model.layers.{a}.{old}" for new, old in parts.items() if a is not None}
+        wanted |= {f"blk.{i}.{new}": f"model.layers.{m}.{old}" for new, old in mlp.items() if m is not None}
+    for new, old in wanted.items():
+        tensor, weight = found.pop(f"{new}.weight"), state[f"{old}.weight"].to(exact)
+        assert tensor.tensor_type.name == ("F32" if weight.dim() == 1 else kind)
+        weight = weight.float() if weight.dim() == 1 else weight
+        assert tensor.data.tobytes() == weight.contiguous().view(torch.uint8).numpy().tobytes(), new
+    for i, a in ((0, 0), (2, 2), (3, 3)):
+        for new, heads in (("q", 4), ("k", 2)):  # rows of a head: 0, half, 1, half + 1, ...
+            weight = state[f"model.layers.{a}.self_attn.{new}_proj.weight"].to(exact)
+            rows = [h * 16 + half * 8 + r for h in range(heads) for r in range(8) for half in range(2)]
+            data = found.pop(f"blk.{i}.attn_{new}.weight").data.tobytes()
+            assert data == weight[rows].contiguous().view(torch.uint8).numpy().tobytes()
+    assert sorted(found) == [f"blk.2.ffn_{part}.weight" for part in ("down", "gate", "norm", "up")]
+    assert not any(tensor.data.any() for tensor in found.values())
+    assert read_info(path)["removed"] == ["mha1", "mlp2"]
+
+
+@pytest.fixture
+def quantised(folder, tmp_path):
+    """Return a function that writes a quantised .gguf file of a toy: (name) -> path."""
+
+    def write(name):
+        model = read_gguf(written(folder(name, intermediate_size=96), tmp_path / "dense", ""))
+        types = {"attn_q": "Q8_0", "attn_k": "Q4_1", "attn_v": "Q5_0", "ffn_down": "Q4_0", "token_embd": "Q8_0"}
+        for key, tensor in model.tensors.items():
+            if kind := types.get(key.split(".")[-2]) if key.endswith("weight") else None:
+                kind = gguf.GGMLQuantizationType[kind]
+                data = gguf.quantize(tensor.load(), kind)
+                model.tensors[key] = tensor._replace(shape=data.shape, dtype="uint8", type=kind, load=lambda d=data: d)
+        model.fields["general.license"] = gguf.GGUFValue("apache-2.0", gguf.GGUFValueType.STRING)
+        save_gguf(tmp_path / "quantised.gguf", model)
+        return tmp_path / "quantised.gguf"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ("llama", "qwen2"))
+@pytest.mark.parametrize("removed", ("mha1 mlp2", "mlp1 mha2"))
+def test_a_gguf_file_is_pruned_byte_for_byte(quantised, tmp_path, name, removed):
+    source = quantised(name)
+    dense, path = tensors(source), written(source, tmp_path / "out", removed)
+    pruned, deci = tensors(path), removed == "mha1 mlp2"
+    layers = ((0, 0), (None, 1), (2, None), (3, 3)) if deci else ((0, 0), (1, 2), (3, 3))
+    for i, layer in enumerate(layers):
+        for part, place in (("attn", layer[0]), ("ffn", layer[1])):
+            new = {k.split(".", 2)[2]: t for k, t in pruned.items() if k.startswith(f"blk.{i}.{part}")}
+            old = {k.split(".", 2)[2]: t for k, t in dense.items() if k.startswith(f"blk.{place}.{part}")}
+            if place is None:
+                assert all(not tensor.data.any() for tensor in new.values())
+                continue
+            assert new.keys() == old.keys()
+            for key, tensor in new.items():
+                assert tensor.tensor_type == old[key].tensor_type
+                data = old[key].data
+                if deci and name == "qwen2" and key.startswith(("attn_q", "attn_k")):
+                    heads = 4 if key.startswith("attn_q") else 2
+                    data = data[[h * 16 + half * 8 + r for h in range(heads) for r in range(8) for half in range(2)]]
+                assert np.array_equal(tensor.data, data), key
+    for key in ("token_embd.weight", "output.weight", "output_norm.weight"):
+        assert np.array_equal(pruned[key].data, dense[key].data)
+    old, new = gguf.GGUFReader(source).fields, gguf.GGUFReader(path).fields
+    for key, field in old.items():
+        if key.startswith("tokenizer.") or key in ("general.license", "general.name", "general.file_type"):
+            assert new[key].contents() == field.contents() and new[key].types == field.types
+        if key.startswith(f"{name}.rope") or "context_length" in key or "epsilon" in key:
+            assert new[key.replace(f"{name}.", "deci." if deci else f"{name}.")].contents() == field.contents()
+
+
+@pytest.mark.parametrize("name", ("llama", "qwen2"))
+@pytest.mark.parametrize("removed", ("mha0 mlp3", "mha1 mlp2", "mlp1 mha2"))
+def test_a_pruned_gguf_file_gives_the_probabilities_of_the_masked_model(folder, tmp_path, name, removed):
+    dense = written(folder(name), tmp_path / "dense", "")
+    save_gguf(tmp_path / "pruned.gguf", prune(read_gguf(dense), blocks(removed)))
+    assert_same(tmp_path / "pruned.gguf", folder(name), removed)
+
+
+def test_a_quantised_file_pruned_runs_in_llama_cpp(quantised, tmp_path):
+    """Near the dequantised model's probabilities: llama.cpp rounds activations to 8 bits beside quantised weights."""
+    source = quantised("llama")
+    got = by_llama_cpp(written(source, tmp_path / "out", "mha1 mlp2"))
+    wanted = expected(source, "mha1 mlp2")[7:12]
+    assert (got - wanted).abs().max() < 0.1 < (got - expected(source, "mha1")[7:12]).abs().max()
+
+
+# ---- the vocabulary -------------------------------------------------------------------------------
+
+
+def sentencepiece_like(prefix=True):
+    """Return a BPE tokenizer with byte fallback, as Llama 2's is after conversion."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
+    trained.normalizer = normalizers.Sequence(steps)
+    trained.train_from_iterator(["The quick brown fox jumps over the lazy dog the end 12"] * 3,
+        trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False))  # fmt: skip
+    spec = json.loads(trained.to_str())
+    spec["added_tokens"] = spec["added_tokens"][:3]  # bytes are tokens of the model's own
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def split(pattern):
+    from tokenizers import Regex
+
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+TOKENIZERS = {
+    "gpt-2": byte_level,
+    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)),
+    "llama-bpe": lambda: byte_level(split(gguf_vocab.WORDS % r"\p{N}{1,3}"), ignore_merges=True),
+    "qwen2": lambda: byte_level(split(gguf_vocab.WORDS % r"\p{N}")),
+    "byte fallback": sentencepiece_like,
+    "byte fallback, no space before": lambda: sentencepiece_like(prefix=False),
+}
+TEXTS = (
+    "The quick brown fox's 1234567 jumps, they've said; 99 99 the end.\n\n  end", "the  lazy dog\t12", " lead",
+    "naïve 日本 🙂", "THEY'VE the end  ", "</s>the<s>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path, name):
+    pytest.importorskip("xllamacpp")
+    from scripts.llamacpp import Server
+
+    toy("llama", **SHAPE | {"vocab_size": 352}).save_pretrained(tmp_path / "model")
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.save_pretrained(tmp_path / "model")
+    with Server(written(tmp_path / "model", tmp_path / "out", "mha1"), 256) as server:
+        for text in TEXTS[: 5 if name == "byte fallback" else 6]:  # spaces after special tokens differ there
+            assert server.tokenize(text) == tokenizer.encode(text), text
+
+
+# ---- what is refused ------------------------------------------------------------------------------
+
+
+def refused(folder, tmp_path, *says, removed="mlp1", **options):
+    with pytest.raises(ValueError) as error:
+        export(folder, blocks(removed), tmp_path / "out", format="gguf", **options)
+    for words in says:
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, overrides, says", (
+    ("gemma", {}, ("gemma", "llama, mistral, qwen2", "--format hf")),
+    ("qwen3", {}, ("qwen3", "llama, mistral, qwen2", "--format hf")),
+    ("mistral", {}, ("sliding window of 8", "--format hf")),
+    ("qwen2-sliding", {}, ("attention 1 has a sliding window of 8", "--format hf")),
+    ("llama", {"hidden_act": "gelu"}, ("activation is gelu", "--format hf")),
+    ("llama", {"rope_parameters": YARN}, ("yarn", "default, linear, llama3", "--format hf")),
+))  # fmt: skip
+def test_a_family_that_llama_cpp_would_run_differently_is_refused(folder, tmp_path, name, overrides, says):
+    refused(folder(name, **overrides), tmp_path, *says)
+
+
+def test_a_sliding_window_that_is_removed_or_never_reached_is_none(folder, tmp_path):
+    path = written(folder("qwen2-sliding"), tmp_path / "out", "mha1 mha2 mha3")
+    assert_same(path, folder("qwen2-sliding"), "mha1 mha2 mha3")
+    written(folder("mistral", sliding_window=128), tmp_path / "wide", "mlp1")
+
+
+def test_a_model_without_attention_is_refused(folder, tmp_path):
+    refused(folder(), tmp_path, "no attention is left", "--format zeroed", removed="mha0 mha1 mha2 mha3")
+
+
+def test_a_dtype_that_gguf_has_not_is_refused(folder, tmp_path):
+    refused(folder(), tmp_path, "float64", "fp32, fp16 or bf16", compute_dtype="fp64")
+
+
+def test_a_dtype_for_a_file_that_is_copied_is_refused(folder, tmp_path):
+    source = written(folder(), tmp_path / "dense", "")
+    refused(source, tmp_path, "--compute-dtype fp32", "leave it out", compute_dtype="fp32")
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+    refused(folder(), tmp_path, "GiB free", "another disk")
+
+
+def unigram():
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)))
+
+
+def doubled():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A", pair="$A $B", special_tokens=[("<s>", 0)]
+    )
+    return tokenizer
+
+
+def too_many():
+    tokenizer = byte_level()
+    tokenizer.add_tokens([f"<{i}>" for i in range(70)])
+    return tokenizer
+
+
+def lower_case():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return tokenizer
+
+
+@pytest.mark.parametrize("make, says", (
+    (unigram, "Unigram instead of BPE"),
+    (lambda: byte_level(merges=0), "without merges"),
+    (too_many, "tokens, the model knows 320"),
+    (lambda: byte_level(split("x+")), "it splits text by"),
+    (lambda: byte_level(pre_tokenizers.Whitespace()), "Whitespace"),
+    (lower_case, "normalizer is Lowercase"),
+    (doubled, "more than one BOS"),
+))  # fmt: skip
+def test_a_tokenizer_that_llama_cpp_has_no_equal_of_is_refused(tmp_path, make, says):
+    toy("llama", **SHAPE).save_pretrained(tmp_path / "model")
+    make().save_pretrained(tmp_path / "model")
+    refused(tmp_path / "model", tmp_path, says, "known are byte-level BPE", "--format hf")
+
+
+def number(value):
+    return gguf.GGUFValue(value, gguf.GGUFValueType.UINT32)
+
+
+def numbers(*values):
+    return gguf.GGUFValue(list(values), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
+
+
+@pytest.mark.parametrize("change, says", (
+    (lambda m: m.fields.update({"split.count": number(2)}), "one of 2 parts"),
+    (lambda m: m.tensors.update({"blk.1.ffn_gate_exps.weight": m.tensors["blk.1.ffn_up.weight"]}), "ffn_gate_exps"),
+    (lambda m: m.fields.pop("llama.block_count"), "llama.block_count"),
+    (lambda m: m.fields.update({"llama.rope.dimension_count": number(8)}), "part of each head"),
+    (lambda m: m.fields.update({"llama.attention.head_count": numbers(4, 4, 4, 4)}), "head_count differs from layer"),
+))  # fmt: skip
+def test_a_gguf_file_that_cannot_be_pruned_is_refused(folder, tmp_path, change, says):
+    model = read_gguf(written(folder(), tmp_path / "dense", ""))
+    change(model)
+    save_gguf(tmp_path / "changed.gguf", model)
+    with pytest.raises(ValueError, match=says):
+        read_gguf(tmp_path / "changed.gguf")
+
+
+def test_an_export_is_no_source_again_and_no_file_is_no_gguf(folder, tmp_path):
+    with pytest.raises(ValueError, match="architecture deci"):
+        read_gguf(written(folder(), tmp_path / "out", "mha1"))
+    (tmp_path / "no.gguf").write_bytes(b"GGUF nonsense")
+    with pytest.raises(ValueError, match="no.gguf"):
+        read_gguf(tmp_path / "no.gguf")
+
+
+def test_an_export_may_be_overwritten_and_another_gguf_may_not(folder, tmp_path):
+    path = written(folder(), tmp_path / "out", "mha1")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["README.md", "model.gguf"]
+    assert "llama-cli" in (path.parent / "README.md").read_text()
+    written(folder(), tmp_path / "out", "mlp1", overwrite=True)
+    assert read_info(path)["removed"] == ["mlp1"]
+    other = read_gguf(written(folder(), tmp_path / "dense", ""))
+    del other.fields["pruning_info"]
+    save_gguf(path, other)
+    with pytest.raises(ValueError, match="than an export"):
+        written(folder(), tmp_path / "out", "mlp1", overwrite=True)
+
+
+def test_a_model_is_read_tensor_by_tensor(folder, tmp_path, monkeypatch):
+    """No more than one weight is asked for at a time, and each of them once."""
+    asked = []
+    monkeypatch.setattr(Source, "tensor", lambda self, name, read=Source.tensor: asked.append(name) or read(self, name))
+    written(folder(), tmp_path / "out", "mha1")
+    assert len(asked) == len(set(asked)) == 4 * 9 + 3 - 5
