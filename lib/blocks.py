@@ -20,18 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-KINDS = ("mha", "mlp")
+from lib.orders import KINDS, Block
+
 HEAD_TOKENS = 512  # tokens per head call: full logits of a batch never exist at once
-
-
-class Block(NamedTuple):
-    """A residual block: `kind` is "mha" or "mlp", `layer` counts from 0."""
-
-    kind: str
-    layer: int
-
-    def __str__(self):
-        return f"{self.kind}{self.layer}"
 
 
 class Family(NamedTuple):

@@ -2,15 +2,27 @@
 
 {"1": [["mha", 25]], "2": [["mha", 25], ["mha", 27]], ..., "meta": {...}}: entry k is the SET of the
 first k removals sorted by layer, as the paper's scripts write it; the order is the difference between
-consecutive entries. Everything else that this project knows lives under "meta".
+consecutive entries. Everything else that this project knows lives under "meta". No torch in this file: results are
+read, and drawn, where it is not installed.
 """
 import json
 import math
 import os
 from pathlib import Path
 from reprlib import repr as brief
+from typing import NamedTuple
 
-from lib.blocks import KINDS, Block
+KINDS = ("mha", "mlp")
+
+
+class Block(NamedTuple):
+    """A residual block: `kind` is "mha" or "mlp", `layer` counts from 0."""
+
+    kind: str
+    layer: int
+
+    def __str__(self):
+        return f"{self.kind}{self.layer}"
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples):
