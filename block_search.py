@@ -137,7 +137,19 @@ def main(argv=None):
             bar.close()
             sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
                      f"are in {path}; try --compute-dtype fp32")  # fmt: skip
+    draw(path, order, meta)
     print_summary(path, order, meta)
+
+
+def draw(path, order, meta):
+    """Draw the candidates' scores and what went, beside the order; without matplotlib, say so."""
+    from lib.report import draw_order
+
+    try:
+        for picture in draw_order(path, order, meta):
+            print(f"picture       {picture}")
+    except ImportError:
+        print("note          no pictures: pip install matplotlib, then python -m scripts.report " + str(path))
 
 
 def print_summary(path, order, meta):

@@ -8,6 +8,7 @@ read, and drawn, where it is not installed.
 import json
 import math
 import os
+import re
 from pathlib import Path
 from reprlib import repr as brief
 from typing import NamedTuple
@@ -23,6 +24,14 @@ class Block(NamedTuple):
 
     def __str__(self):
         return f"{self.kind}{self.layer}"
+
+
+def parse_block(name):
+    """Return the Block that prints as `name`, such as "mha25"."""
+    match = re.fullmatch("([a-z]+)([0-9]+)", name)
+    if not match:
+        raise ValueError(f"{brief(name)} is not the name of a block, such as mha25")
+    return Block(match[1], int(match[2]))
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples):
