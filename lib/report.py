@@ -4,8 +4,8 @@ Every picture is a function from plain data to a matplotlib Figure, so that a te
 Colours are safe for colour-blind readers; where lines or blocks differ, a marker or a number differs too.
 
     figure = score_map(*read_order("ppls/..._del_order_list.json"))
-    save(figure, "scores.png")
-    write_page("index.html", "SmolLM2", [Section("Search", [Picture(figure, "what it shows")])])
+    save(draw(figure), "scores.png")
+    write_page("index.html", "SmolLM2", [Section("Search", [draw(figure, "caption", "what it shows")])])
 """
 import base64
 import html
@@ -35,9 +35,10 @@ class Point(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A figure, and what it shows in words: the caption, and the text for who cannot see it."""
+    """A PNG of (width, height) inches, and what it shows in words: the caption, and the text for who cannot see it."""
 
-    figure: object
+    png: bytes
+    size: tuple
     caption: str
     alt: str
 
@@ -61,7 +62,7 @@ def score_map(order, meta):
     import numpy as np
     from matplotlib.cm import ScalarMappable
 
-    steps = [step.get("scores") or {} for step in meta.get("steps", ())]
+    steps = [{str(name): score for name, score in (step.get("scores") or {}).items()} for step in meta.get("steps", ())]
     names = {name for scores in steps for name in scores}
     if not names:
         return None
@@ -143,13 +144,16 @@ def curves(panels, percent=False):
     the top; the method called "dense" is a horizontal line. percent:
     higher is better, on a linear scale; else the scale is logarithmic where values spread.
     """
+    panels = {
+        title: {name: sorted(p for p in points if math.isfinite(p.value)) for name, points in lines.items()}
+        for title, lines in panels.items()
+    }
     methods = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != "dense"))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     figure, axes = _figure(4.8 * columns + 2, 4.2 * rows, rows, columns)
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, points in lines.items():
-            points = sorted(p for p in points if math.isfinite(p.value))
             if name == "dense":
                 for point in points[:1]:
                     axis.axhline(point.value, color="#777777", linewidth=1, zorder=0)
@@ -162,7 +166,7 @@ def curves(panels, percent=False):
                 color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)],
                 linestyle=LINES[k // len(COLOURS) % len(LINES)], linewidth=1.4, markersize=5, capsize=2.5,
             )  # fmt: skip
-        values = [p.value for points in lines.values() for p in points if math.isfinite(p.value) and p.value > 0]
+        values = [p.value for points in lines.values() for p in points if p.value > 0]
         if not percent and values and max(values) > LOG_FROM * min(values):
             axis.set_yscale("log")
             _plain_numbers(axis.yaxis)
@@ -176,7 +180,7 @@ def curves(panels, percent=False):
     handles = {}
     for axis in axes[: len(panels)]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    ends = {name: max(points)[1] for lines in reversed(panels.values()) for name, points in lines.items() if points}
+    ends = {name: points[-1].value for lines in reversed(panels.values()) for name, points in lines.items() if points}
     order = sorted(handles, key=ends.get, reverse=True)  # as the lines end in the first panel, from the top
     if order:
         figure.legend([handles[n] for n in order], order, loc="outside right upper", fontsize=8, frameon=False)
@@ -213,16 +217,16 @@ def distance_map(rows):
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def png(figure):
-    """Return the figure as PNG bytes."""
+def draw(figure, caption="", alt=""):
+    """Return the Picture of a figure."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
-    return stream.getvalue()
+    return Picture(stream.getvalue(), tuple(figure.get_size_inches()), caption, alt)
 
 
-def save(figure, path):
-    """Write the figure as a PNG, atomically."""
-    _write(path, png(figure))
+def save(picture, path):
+    """Write a Picture as a .png file, atomically."""
+    _write(path, picture.png)
 
 
 def draw_order(path, order, meta):
@@ -240,7 +244,7 @@ def draw_order(path, order, meta):
     for name, figure in figures.items():
         if figure is not None:
             written.append(path.with_name(f"{stem}_{name}.png"))
-            save(figure, written[-1])
+            save(draw(figure), written[-1])
     return written
 
 
@@ -315,8 +319,8 @@ figure img {{ display: block; height: auto; }}
 
 
 def _picture(picture):
-    width, height = (round(inches * 96) for inches in picture.figure.get_size_inches())
-    data = base64.b64encode(png(picture.figure)).decode()
+    width, height = (round(inches * 96) for inches in picture.size)
+    data = base64.b64encode(picture.png).decode()
     return (
         f'<figure><div class="scroll" tabindex="0"><img width="{width}" height="{height}" '
         f'alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}"></div>'

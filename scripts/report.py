@@ -77,7 +77,7 @@ def write_report(paths, folder):
                 if isinstance(part, report.Picture):
                     prefix = f"{k}_" if len(models) > 1 else ""
                     pictures.append(Path(folder).expanduser() / f"{prefix}{name}.png")
-                    report.save(part.figure, pictures[-1])
+                    report.save(part, pictures[-1])
     page = Path(folder).expanduser() / "index.html"
     report.write_page(page, "BlockPruner: " + ", ".join(names) or "results", sections, notices)
     return page, pictures, notices
@@ -291,7 +291,7 @@ def picture_of_curves(panels, what, percent):
         "model. Bars are standard errors where known (lines of several seeds: standard deviations over seeds). "
         "The legend is in the order of the first panel's last points."
     )
-    return report.Picture(
+    return report.draw(
         report.curves(panels, percent), caption, f"Line chart. {next(iter(panels))}: {'; '.join(ends)}."
     )
 
@@ -353,7 +353,7 @@ def removal_maps(results, rows):
         L = layers or 1 + max(block.layer for order in orders.values() for block in order)
         caption = f"What each method removes, {title}: the number is the step. Layer 0, nearest to the text, is on top."
         gone = "; ".join(f"{name}: {' '.join(map(str, order))}" for name, order in orders.items())
-        picture = report.Picture(report.removal_map(orders, L), caption, f"Layer stack of {L} layers. {gone}.")
+        picture = report.draw(report.removal_map(orders, L), caption, f"Layer stack of {L} layers. {gone}.")
         yield f"removed_{title.replace('at least ', '').replace(' %', '')}", picture
 
 
@@ -380,7 +380,7 @@ def score_maps(orders):
         if meta.get("approximate"):
             caption += " Approximate: a candidate that fell behind was scored on its first windows only."
         alt = f"Heat map of candidate scores over {len(order)} iterations. Removed: {' '.join(map(str, order))}."
-        yield f"scores_{k}", report.Picture(figure, caption, alt)
+        yield f"scores_{k}", report.draw(figure, caption, alt)
 
 
 def distance_maps(results):
@@ -394,7 +394,7 @@ def distance_maps(results):
         caption = (f"{result.path.name}: angular distance between the states entering and leaving n consecutive "
                    "layers. A dot marks the nearest pair of each n, the window to remove.")  # fmt: skip
         nearest = "; ".join(f"n {n}: layers {i} to {i + n - 1}, {d:.3f}" for n, (d, i) in best.items())
-        yield f"distances_{k}", report.Picture(report.distance_map(result.content), caption, f"Heat map. {nearest}.")
+        yield f"distances_{k}", report.draw(report.distance_map(result.content), caption, f"Heat map. {nearest}.")
 
 
 def settings_of(result):

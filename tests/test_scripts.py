@@ -206,8 +206,9 @@ def test_quick_start_evaluates_the_order_it_searched_on_other_text(checkout):
     _, run = checkout
     code, _, commands = run("quickstart.sh", "--overwrite")
     assert code == 0
-    _, s = block_search.parse_args(commands[-2][1:])
-    _, e = evaluation.parse_args(commands[-1][1:])
+    _, s = block_search.parse_args(commands[-3][1:])
+    _, e = evaluation.parse_args(commands[-2][1:])
+    assert commands[-1][:4] == ["-m", "scripts.report", e.ppl_search_file, e.output_path]
     assert s.model_path == e.model_path == ".venv/site/Small.Q4_1.gguf"
     assert s.overwrite
     assert s.del_block_num == e.del_block_num > 0
