@@ -11,6 +11,8 @@ with the layers bridged over.
     stream = decoder.embed(ids)                   # ids (B, T)
     h = decoder.run(0, ("mlp",), stream.h, stream)    # layer 0 without its attention
     losses = decoder.token_losses(h, ids)         # (B, T-1) next-token losses
+
+Methods that remove whole layers name one as Block("layer", i): both its branches, whatever is left of them.
 """
 import contextlib
 import inspect
@@ -22,7 +24,13 @@ from torch import nn
 
 from lib.orders import KINDS, Block
 
+UNITS = (*KINDS, "layer")  # what can be masked and removed as one
 HEAD_TOKENS = 512  # tokens per head call: full logits of a batch never exist at once
+
+
+def blocks_of(units):
+    """Return the blocks that `units` are made of: a layer is its mha, then its mlp."""
+    return [Block(kind, i) for unit, i in units for kind in (KINDS if unit == "layer" else (unit,))]
 
 
 class Family(NamedTuple):
@@ -109,7 +117,7 @@ class Decoder:
         self.family = FAMILIES[type(self.layers[0]).__name__]
         self.removed = set()
         self.counts = Counter()
-        self._parts = [self._find_parts(layer) for layer in self.layers]
+        self._parts = [_find_parts(layer) for layer in self.layers]
         self.split = self._prove()
 
     @property
@@ -117,10 +125,13 @@ class Decoder:
         return len(self.layers)
 
     def blocks(self, block_type="mix"):
-        """Return the blocks still there, in the paper's order: mha 0..L-1, then mlp 0..L-1."""
+        """Return the blocks still there, in the paper's order: mha 0..L-1, then mlp 0..L-1.
+
+        block_type: "mix", "mha", "mlp", or "layer" for the layers of which anything is left.
+        """
         kinds = KINDS if block_type == "mix" else (block_type,)
         every = [Block(kind, i) for kind in kinds for i in range(self.n_layers)]
-        return [block for block in every if block not in self.removed]
+        return [block for block in every if not self.removed.issuperset(blocks_of([block]))]
 
     @torch.inference_mode()
     def embed(self, ids):
@@ -170,7 +181,9 @@ class Decoder:
                 hook.post_forward(module, None)
 
     def kinds(self, i, masked=()):
-        """Return the kinds of layer i that are neither removed nor in `masked`, a collection of blocks."""
+        """Return the kinds of layer i that are neither removed nor in `masked`, a collection of blocks and layers."""
+        if ("layer", i) in masked:
+            return ()
         return tuple(k for k in KINDS if (k, i) not in self.removed and (k, i) not in masked)
 
     @torch.inference_mode()
@@ -195,6 +208,18 @@ class Decoder:
         losses = [_cross_entropy(self.head(x[a : a + step]), targets[a : a + step]) for a in range(0, len(x), step)]
         return torch.cat(losses).view(B, T - 1).cpu()
 
+    @torch.inference_mode()
+    def divergences(self, h, dense):
+        """Return KL(softmax of the logits of `dense` || of h) for every position, (B, T) on the CPU, as token_losses.
+
+        h, dense: (B, T, H) after the last layer. Both heads run slice by slice: neither's logits are kept.
+        """
+        B, T, H = h.shape
+        self.counts["head"] += 2 * B
+        x, y, step = h.reshape(-1, H), dense.reshape(-1, H), min(HEAD_TOKENS, T)
+        losses = [_divergence(self.head(y[a : a + step]), self.head(x[a : a + step])) for a in range(0, len(x), step)]
+        return torch.cat(losses).view(B, T).cpu()
+
     @property
     def input_device(self):
         return self.model.get_input_embeddings().weight.device
@@ -202,22 +227,24 @@ class Decoder:
     @contextlib.contextmanager
     def masked(self, blocks):
         """Within this context the model itself runs without `blocks`."""
+        blocks = blocks_of(blocks)
         with contextlib.ExitStack() as stack:
             for i in {block[1] for block in blocks}:
                 stack.enter_context(self._layer_masked(i, [k for k in KINDS if (k, i) in set(blocks)]))
             yield
 
+    def parameters(self, blocks):
+        """Return the parameters that go with `blocks`, norms included; those already removed are none."""
+        blocks = blocks_of(blocks)
+        return _leaving({i: self._parts[i] for _, i in blocks}, {*blocks, *self.removed})
+
     def block_parameters(self, blocks):
-        """Return how many parameters go with `blocks`, norms included; those already removed count nothing."""
-        gone = {}
-        for i in {block[1] for block in blocks}:
-            for _, module, _ in self._swaps(i, [k for k in KINDS if (k, i) in {*blocks, *self.removed}]):
-                gone |= {id(p): p.numel() for p in module.parameters()}
-        return sum(gone.values())
+        """Return how many parameters go with `blocks`, as `parameters`."""
+        return sum(p.numel() for p in self.parameters(blocks))
 
     def remove(self, blocks):
         """Take `blocks` out of the model for good and free their weights; the layer shells stay."""
-        for block in blocks:
+        for block in blocks_of(blocks):
             self.removed.add(Block(*block))
             gone = [kind for kind in KINDS if (kind, block[1]) in self.removed]
             for name, _, stand_in in self._swaps(block[1], gone):
@@ -231,27 +258,6 @@ class Decoder:
             torch.cuda.empty_cache()
 
     # ---- masking: swap sub-modules for stand-ins -------------------------------------------------
-
-    def _find_parts(self, layer):
-        """Return [(name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked."""
-
-        def present(names):
-            return [name for name in names if getattr(layer, name, None) is not None]
-
-        row, parts = self.family, []
-        norms = {"mha": present(row.mha_norms), "mlp": present(row.mlp_norms)}
-        for kind in KINDS:
-            names = present(getattr(row, kind))
-            if not names:
-                raise ValueError(
-                    f"{type(layer).__name__} has none of the modules {', '.join(getattr(row, kind))} that its row of "
-                    "FAMILIES in lib/blocks.py names; correct the row"
-                )
-            parts += [(n, getattr(layer, n), nn.Identity(), {kind}) for n in names[:-1]]
-            parts.append((names[-1], getattr(layer, names[-1]), _AddNothing(getattr(layer, names[-1])), {kind}))
-            owners = {kind} if norms["mlp"] else set(KINDS)
-            parts += [(n, getattr(layer, n), nn.Identity(), owners) for n in norms[kind]]
-        return parts
 
     def _swaps(self, i, kinds):
         return [part[:3] for part in self._parts[i] if part[3] <= set(kinds)]
@@ -355,6 +361,44 @@ def find_layers(model):
     )
 
 
+def block_parameters(layers, blocks):
+    """Return how many parameters go with `blocks` of these layers, norms included; weights are not needed."""
+    blocks = blocks_of(blocks)
+    return sum(p.numel() for p in _leaving({i: _find_parts(layers[i]) for _, i in blocks}, set(blocks)))
+
+
+def _find_parts(layer):
+    """Return [(name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked."""
+
+    def present(names):
+        return [name for name in names if getattr(layer, name, None) is not None]
+
+    row, parts = FAMILIES[type(layer).__name__], []
+    norms = {"mha": present(row.mha_norms), "mlp": present(row.mlp_norms)}
+    for kind in KINDS:
+        names = present(getattr(row, kind))
+        if not names:
+            raise ValueError(
+                f"{type(layer).__name__} has none of the modules {', '.join(getattr(row, kind))} that its row of "
+                "FAMILIES in lib/blocks.py names; correct the row"
+            )
+        parts += [(n, getattr(layer, n), nn.Identity(), {kind}) for n in names[:-1]]
+        parts.append((names[-1], getattr(layer, names[-1]), _AddNothing(getattr(layer, names[-1])), {kind}))
+        owners = {kind} if norms["mlp"] else set(KINDS)
+        parts += [(n, getattr(layer, n), nn.Identity(), owners) for n in norms[kind]]
+    return parts
+
+
+def _leaving(parts, blocks):
+    """Return the parameters of the modules that go with `blocks`; parts: layer -> its parts."""
+    gone = {}
+    for i, layer_parts in parts.items():
+        for _, module, _, owners in layer_parts:
+            if all((kind, i) in blocks for kind in owners):
+                gone |= {id(p): p for p in module.parameters()}
+    return list(gone.values())
+
+
 class _AddNothing(nn.Module):
     """Stands for a branch's last module: returns zeros, or the residual where the module adds it itself (Bloom)."""
 
@@ -387,6 +431,13 @@ def _tensor(output):
 def _same(a, b):
     """Whether two tensors are equal, NaN to NaN: a broken model is the search's to report, not the proof's."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _divergence(logits, others):
+    """Return KL(p || q) of each row (n,), p and q the softmax of logits and others (n, V); float32 or better."""
+    logits, others = (x if x.dtype == torch.float64 else x.float() for x in (logits, others))
+    p, q = logits.log_softmax(-1), others.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _cross_entropy(logits, targets):

@@ -1,9 +1,11 @@
-"""Per-window losses of a stepped decoder, and the perplexity of them.
+"""Per-window losses of a stepped decoder, the perplexity of them, and the objectives that a search can minimise.
 
     losses = window_losses(Decoder(model), windows, batch_size=8)    # (N,) float64
     perplexity(losses, windows.shape[1])
 """
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -17,12 +19,17 @@ def window_losses(decoder, windows, batch_size, masked=(), streams=None):
     """
     sums = []
     for index, ids in enumerate(windows.split(batch_size)):
-        stream = streams[index] if streams else decoder.embed(ids)
-        h = stream.h
-        for i in range(decoder.n_layers):
-            h = decoder.run(i, decoder.kinds(i, masked), h, stream)
+        h = last_states(decoder, streams[index] if streams else decoder.embed(ids), masked)
         sums.append(decoder.token_losses(h, ids).double().sum(1))
     return torch.cat(sums)
+
+
+def last_states(decoder, stream, masked=()):
+    """Return the states (B, T, H) after the last layer, before the final norm, with `masked` blocks off as well."""
+    h = stream.h
+    for i in range(decoder.n_layers):
+        h = decoder.run(i, decoder.kinds(i, masked), h, stream)
+    return h
 
 
 def perplexity(losses, seqlen):
@@ -35,3 +42,42 @@ def perplexity(losses, seqlen):
         return math.exp(mean)
     except OverflowError:
         return math.inf
+
+
+class Objective(NamedTuple):
+    """What a search minimises, made for the batches of its windows.
+
+    losses(index, h): the token losses (B, n), on the CPU, that states h (B, T, H) after the last layer
+    give on batch `index`; score: the number of several such tensors, in window order; lower is better.
+    """
+
+    losses: Callable
+    score: Callable
+
+
+def next_token(decoder, batches):
+    """Return the Objective of the paper: perplexity on batches, a list of token ids (B, T)."""
+
+    def score(losses):
+        sums = torch.cat([token_losses.double().sum(1) for token_losses in losses])
+        return perplexity(sums, losses[0].shape[1] + 1)
+
+    return Objective(lambda index, h: decoder.token_losses(h, batches[index]), score)
+
+
+def dense_logits(decoder, batches):
+    """Return the Objective of EvoPress: mean over tokens of KL(logits of the model as it is || masked logits).
+
+    Of the model as it is the last states are kept, one (B, T, H) a batch, and its head is run again
+    on each slice: its log-probabilities would not fit.
+    """
+    dense = [last_states(decoder, decoder.embed(ids)) for ids in batches]
+
+    def score(losses):
+        sums = torch.cat([token_losses.double().sum(1) for token_losses in losses])
+        return sums.sum().item() / sum(token_losses.numel() for token_losses in losses)
+
+    return Objective(lambda index, h: decoder.divergences(h, dense[index]), score)
+
+
+OBJECTIVES = {"ppl": next_token, "kl": dense_logits}

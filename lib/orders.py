@@ -17,7 +17,7 @@ KINDS = ("mha", "mlp")
 
 
 class Block(NamedTuple):
-    """A residual block: `kind` is "mha" or "mlp", `layer` counts from 0."""
+    """A residual block: `kind` is "mha" or "mlp", or "layer" for both of a layer; `layer` counts from 0."""
 
     kind: str
     layer: int

@@ -3,7 +3,7 @@
 Every picture is a function from plain data to a matplotlib Figure, so that a test can ask the figure what it shows.
 Colours are safe for colour-blind readers; where lines or blocks differ, a marker or a number differs too.
 
-    figure = score_map(*read_order("ppls/..._del_order_list.json"))
+    figure = score_map(read_order("ppls/..._del_order_list.json")[1])
     save(draw(figure), "scores.png")
     write_page("index.html", "SmolLM2", [Section("Search", [draw(figure, "caption", "what it shows")])])
 """
@@ -53,11 +53,11 @@ class Section(NamedTuple):
 # ---- what a search saw and did -------------------------------------------------------------------
 
 
-def score_map(order, meta):
+def score_map(meta):
     """Return the heat map of every candidate's score, blocks by iterations, or None where no step has scores.
 
-    order: the removals; meta: the order file's, whose steps hold `scores` {"mha0": number}. One panel a kind, a row a
-    layer, a column an iteration; a dot marks what an iteration removed, white is what was gone before it.
+    meta: an order file's, whose steps hold the `block` removed and `scores` {"mha0": number}. One panel a kind, a row
+    a layer, a column an iteration; a dot marks what an iteration removed, white is what was gone before it.
     """
     import numpy as np
     from matplotlib.cm import ScalarMappable
@@ -82,7 +82,8 @@ def score_map(order, meta):
                   if f"{kind}{i}" in scores and not math.isfinite(float(scores[f"{kind}{i}"]))]  # fmt: skip
         if broken:
             axis.plot(*zip(*broken, strict=True), "x", color="#777777", markersize=4)
-        chosen = [(x, block.layer) for x, block in enumerate(order[: len(steps)]) if block.kind == kind]
+        removed = [step.get("block", (None, None)) for step in meta["steps"]]
+        chosen = [(x, layer) for x, (which, layer) in enumerate(removed) if which == kind]
         if chosen:
             axis.plot(*zip(*chosen, strict=True), "o", color="white", markeredgecolor="black", markersize=6.5)
         axis.set_title(kind)
@@ -239,7 +240,7 @@ def draw_order(path, order, meta):
     path = Path(path).expanduser()
     stem = path.name.removesuffix(".json").removesuffix("_del_order_list")
     L = meta.get("layers") or 1 + max(block.layer for block in order)
-    figures = {"scores": score_map(order, meta), "removed": removal_map({meta.get("block_type", "order"): order}, L)}
+    figures = {"scores": score_map(meta), "removed": removal_map({meta.get("block_type", "order"): order}, L)}
     written = []
     for name, figure in figures.items():
         if figure is not None:

@@ -8,7 +8,11 @@ not fit the device.
 
     for step in cached(decoder, decoder.blocks("mix"), windows, n=12, batch_size=8):
         print(step.block, step.perplexity)
+
+Candidates are blocks (the paper) or whole layers (SLEB, arXiv 2402.09025). What is minimised is an
+objective of lib.evaluate: perplexity, or the divergence from the dense model (EvoPress's fitness).
 """
+import functools
 import math
 import time
 from typing import NamedTuple
@@ -16,14 +20,15 @@ from typing import NamedTuple
 import torch
 
 from lib.blocks import Block
-from lib.evaluate import perplexity, window_losses
+from lib.evaluate import last_states, next_token
 from lib.trajectories import DEVICE_SHARE, HOST_SHARE, Plan, Store, Trajectories, free_bytes
 
 RACE_CONFIDENCE = 4.0
 
 
 class Step(NamedTuple):
-    """One removal. block: what goes; perplexity: without it; scores: every candidate's perplexity.
+    """One removal. block: what goes; perplexity: without it; scores: every candidate's perplexity,
+    or another objective where that is what is minimised.
 
     windows: how many windows each candidate was scored on, None where it is all of them.
     block_forwards and head_forwards count what the iteration computed, in windows times blocks and
@@ -47,20 +52,24 @@ class NoFiniteCandidate(RuntimeError):
         self.scores = scores
 
 
-def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
+def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token):
     """Yield the Steps that bring `done` to n removals: the paper's search, each candidate from the first layer.
 
     blocks: candidates in the order in which ties are decided (first wins); windows: token ids (N, T);
     done: blocks removed before, in order; progress(block, windows, running perplexity) is called as
-    work gets done. Raises NoFiniteCandidate where no candidate can win.
+    work gets done; objective: a value of lib.evaluate.OBJECTIVES. Raises NoFiniteCandidate where no
+    candidate can win.
     """
-    removed, streams = list(done), [decoder.embed(ids) for ids in windows.split(batch_size)]
+    removed, batches = list(done), windows.split(batch_size)
+    streams, goal = [decoder.embed(ids) for ids in batches], objective(decoder, batches)
     while len(removed) < n:
         clock = _Clock(decoder)
         scores = {}
         for block in _left(blocks, removed):
-            losses = window_losses(decoder, windows, batch_size, {*removed, block}, streams)
-            scores[block] = perplexity(losses, windows.shape[1])
+            masked = {*removed, block}
+            scores[block] = goal.score(
+                [goal.losses(k, last_states(decoder, stream, masked)) for k, stream in enumerate(streams)]
+            )
             if progress:
                 progress(block, len(windows), scores[block])
         step = _decide(scores, scores, None, clock)
@@ -68,19 +77,22 @@ def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, progress=None
         yield step
 
 
-def cached(decoder, blocks, windows, n, done=(), batch_size=8, progress=None, cache_bytes=None):
+def cached(
+    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None
+):
     """Yield the same Steps as `exhaustive`, from the same losses bit for bit, in a fraction of the forwards.
 
     cache_bytes: memory for states kept between iterations (lib.trajectories); None takes DEVICE_SHARE
     of what is free there, and HOST_SHARE of the host's for what spills from a GPU. Less memory means
     more forwards, never other numbers.
     """
-    yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, math.inf)
+    yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, math.inf)
 
 
 def race(
-    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, cache_bytes=None, confidence=RACE_CONFIDENCE
-):
+    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None,
+    confidence=RACE_CONFIDENCE,
+):  # fmt: skip
     """Yield Steps like `cached`, but score candidates batch by batch and drop those clearly behind (approximate).
 
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
@@ -88,10 +100,10 @@ def race(
     windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
     it saw. Small batches decide sooner. confidence = inf drops nobody: the numbers of `cached`.
     """
-    yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, confidence)
+    yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence)
 
 
-def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
+def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token):
     """Yield the same Steps as `exhaustive`, bit for bit, with all candidates passing a layer before the next layer.
 
     For a model that does not fit the device: an offloaded layer's weights are moved there once in an
@@ -99,7 +111,7 @@ def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
     DEVICE_SHARE of its free memory goes, beyond that in host memory.
     """
     removed, batches = list(done), windows.split(batch_size)
-    streams = [decoder.embed(ids) for ids in batches]
+    streams, goal = [decoder.embed(ids) for ids in batches], objective(decoder, batches)
     store = Store(int(DEVICE_SHARE * free_bytes(decoder.input_device)[0]))
 
     def step_all(i, kinds, states):
@@ -127,10 +139,10 @@ def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
         scores = {}
         for block in left:
             losses = []
-            for h, stream, ids in zip(states.pop(block), streams, batches, strict=True):
-                losses.append(decoder.token_losses(store.get(h, stream.h), ids))
+            for k, h in enumerate(states.pop(block)):
+                losses.append(goal.losses(k, store.get(h, streams[k].h)))
                 store.drop(h)
-            scores[block] = _score(losses, windows.shape[1])
+            scores[block] = goal.score(losses)
             if progress:
                 progress(block, len(windows), scores[block])
         step = _decide(scores, scores, None, clock)
@@ -141,11 +153,13 @@ def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None):
 ENGINES = {"cached": cached, "race": race, "exhaustive": exhaustive, "streamed": streamed}
 
 
-def _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes, confidence):
-    removed = list(done)
+def _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence):
+    removed, batches = list(done), windows.split(batch_size)
+    goal = objective(decoder, batches)
     plan, store = _plan(decoder, _left(blocks, removed), windows, cache_bytes)
-    batches = [Trajectories(decoder, ids, plan, store) for ids in windows.split(batch_size)]
-    T = windows.shape[1]
+    batches = [
+        Trajectories(decoder, ids, plan, store, functools.partial(goal.losses, k)) for k, ids in enumerate(batches)
+    ]
     while len(removed) < n:
         clock = _Clock(decoder)
         left = _left(blocks, removed)
@@ -154,10 +168,10 @@ def _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes
             for block, token_losses in batch.token_losses(alive, removed):
                 losses[block].append(token_losses)
                 if progress:
-                    progress(block, len(batch.ids), _score(losses[block], T))
+                    progress(block, len(batch.ids), goal.score(losses[block]))
             if confidence < math.inf and batch is not batches[-1]:
                 alive = _survivors(alive, losses, confidence)
-        scores = {block: _score(losses[block], T) for block in left}
+        scores = {block: goal.score(losses[block]) for block in left}
         seen = {block: sum(map(len, losses[block])) for block in left}
         if progress:
             for block in left:
@@ -171,7 +185,7 @@ def _shared(decoder, blocks, windows, n, done, batch_size, progress, cache_bytes
 
 
 def _survivors(alive, losses, confidence):
-    """Return the candidates not clearly behind the leader; losses: block -> list of (B, T-1) token losses."""
+    """Return the candidates not clearly behind the leader; losses: block -> list of (B, n) token losses."""
     tokens = {block: torch.cat([t.flatten() for t in losses[block]]).double() for block in alive}
     finite = [block for block in alive if tokens[block].isfinite().all()]
     if not finite:
@@ -184,10 +198,6 @@ def _survivors(alive, losses, confidence):
         if behind.mean().item() <= confidence * error:
             survivors.append(block)
     return survivors
-
-
-def _score(batches, T):
-    return perplexity(torch.cat([token_losses.double().sum(1) for token_losses in batches]), T)
 
 
 def _decide(scores, alive, windows, clock):

@@ -11,22 +11,26 @@ from pathlib import Path
 
 import torch
 
-from lib.blocks import KINDS, Block
+from lib.blocks import UNITS, Block
 
 DEVICE_SHARE = 0.6  # of the memory free on the model's device
 HOST_SHARE = 0.25  # of the host memory available, for what spills from a GPU
 
 
 class Trajectories:
-    """One batch: token ids (B, T), its Stream, and the states kept between iterations."""
+    """One batch: token ids (B, T), its Stream, and the states kept between iterations.
 
-    def __init__(self, decoder, ids, plan, store):
+    losses: function of the states (B, T, H) after the last layer; next-token losses when absent.
+    """
+
+    def __init__(self, decoder, ids, plan, store, losses=None):
         self.decoder, self.ids, self.plan, self.store = decoder, ids, plan, store
+        self.losses = losses or (lambda h: decoder.token_losses(h, ids))
         self.stream = decoder.embed(ids)
         self.kept = {}  # block, or None for the base model -> {layer: the state entering it}
 
     def token_losses(self, candidates, removed):
-        """Yield (block, token losses (B, T-1)) with that block masked on top of `removed`, by depth.
+        """Yield (block, token losses (B, n)) with that block or layer masked on top of `removed`, by depth.
 
         Only what no kept state covers is computed, and only as deep as a candidate needs it.
         """
@@ -35,7 +39,7 @@ class Trajectories:
         x = stream.h
         for i in range(deepest + 1):
             mid = None  # between the layer's two blocks, where it has such a state
-            for block in (Block(kind, i) for kind in KINDS):
+            for block in (Block(unit, i) for unit in UNITS):
                 if block not in candidates:
                     continue
                 start, h = self._resume(block)
@@ -44,7 +48,7 @@ class Trajectories:
                     h = decoder.run(i, kinds, x, stream)
                     if decoder.split[i] and kinds == ("mha",):
                         mid = h
-                yield block, decoder.token_losses(self._finish(block, start, h, removed), self.ids)
+                yield block, self.losses(self._finish(block, start, h, removed))
             if i < deepest:
                 x = self._advance(i, x, mid, removed)
 

@@ -370,7 +370,7 @@ def score_maps(orders):
 
     for k, result in enumerate(orders, 1):
         order, meta = result.content
-        figure = report.score_map(order, meta)
+        figure = report.score_map(meta)
         if figure is None:
             continue
         caption = (

@@ -13,7 +13,7 @@ import pytest
 from command_line import assert_refused, shell, tree
 
 from lib import report, tables
-from lib.orders import Block, parse_block, save_order
+from lib.orders import Block, save_order
 
 L = 6
 GREEDY = [Block("mha", 4), Block("mlp", 2), Block("mha", 1)]
@@ -75,7 +75,7 @@ def drawn(call, tmp_path, monkeypatch):
 def test_score_map_shows_every_score_and_marks_what_went():
     order, meta = searched()
     meta["steps"][1]["scores"]["mlp5"] = "nan"
-    figure = report.score_map(order, meta)
+    figure = report.score_map(meta)
     panels = {axis.get_title(): axis for axis in figure.axes}
     for kind in ("mha", "mlp"):
         shown = panels[kind].images[0].get_array()
@@ -95,23 +95,22 @@ def test_score_map_keeps_its_colours_for_the_many_when_a_few_scores_explode():
     order, meta = searched()
     for step in meta["steps"]:
         step["scores"]["mlp0"] = 5e5
-    norm = report.score_map(order, meta).axes[0].images[0].norm
+    norm = report.score_map(meta).axes[0].images[0].norm
     assert norm.vmax < 20
     for step in meta["steps"]:
         step["scores"] = {name: score**3 for name, score in step["scores"].items()}
-    norm = report.score_map(order, meta).axes[0].images[0].norm
+    norm = report.score_map(meta).axes[0].images[0].norm
     assert type(norm).__name__ == "LogNorm" and 900 < norm.vmax < 1e5
 
 
 def test_score_map_takes_layers_and_orders_without_scores():
-    order = [Block("layer", 3), Block("layer", 4)]
     steps = [{"scores": {f"layer{i}": i + 1.5 for i in range(L)}}, {"scores": {f"layer{i}": 2.5 for i in (0, 4)}}]
-    figure = report.score_map(order, {"steps": steps, "layers": L, "metric": "bi"})
+    figure = report.score_map({"steps": steps, "layers": L, "metric": "bi"})
     assert figure.axes[0].get_title() == "layer"
     assert figure.axes[0].images[0].get_array()[2, 0] == 3.5
     assert any("bi" in axis.get_ylabel() for axis in figure.axes)
-    assert report.score_map(order, {}) is None
-    assert report.score_map(order, {"steps": [{"block": ["mha", 1]}]}) is None
+    assert report.score_map({}) is None
+    assert report.score_map({"steps": [{"block": ["mha", 1]}]}) is None
 
 
 def test_removal_map_writes_each_step_where_it_belongs():
@@ -174,7 +173,7 @@ def test_pictures_are_pngs_whose_pixels_follow_the_data(tmp_path):
     pixels = []
     for score in (9.5, 11.5, 11.5):
         meta["steps"][0]["scores"]["mha0"] = score
-        report.save(report.draw(report.score_map(order, meta)), tmp_path / "new" / "map.png")
+        report.save(report.draw(report.score_map(meta)), tmp_path / "new" / "map.png")
         pixels.append(matplotlib.image.imread(tmp_path / "new" / "map.png"))
     assert min(pixels[0].shape[:2]) > 200
     assert not np.array_equal(pixels[0], pixels[1])
@@ -403,8 +402,7 @@ def test_a_search_draws_its_order_beside_it(searched_by_process):
     for picture in pictures:
         assert min(matplotlib.image.imread(picture).shape[:2]) > 100
         assert f"picture       {picture}" in run.out
-    order = [parse_block(name) for name in run.result["order"]]
-    assert pictures[0].read_bytes() == report.draw(report.score_map(order, meta)).png
+    assert pictures[0].read_bytes() == report.draw(report.score_map(meta)).png
 
 
 @pytest.fixture
