@@ -95,12 +95,17 @@ def save_order(path, order, meta):
 
 
 def write_json(path, value):
-    """Write JSON under a temporary name beside `path`, then rename it: a crash leaves the old file."""
+    """Write JSON as `write_file` does."""
+    write_file(path, (_lines(value) + "\n").encode())
+
+
+def write_file(path, data):
+    """Write bytes under a temporary name beside `path`, then rename it: a crash leaves the old file."""
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(_lines(value) + "\n", encoding="utf-8")
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,11 +11,10 @@ import base64
 import html
 import io
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.orders import KINDS, parse_block
+from lib.orders import KINDS, parse_block, write_file
 
 DPI = 144
 # Okabe and Ito's colours without yellow, which vanishes on white
@@ -57,12 +56,14 @@ def score_map(meta):
     """Return the heat map of every candidate's score, blocks by iterations, or None where no step has scores.
 
     meta: an order file's, whose steps hold the `block` removed and `scores` {"mha0": number}. One panel a kind, a row
-    a layer, a column an iteration; a dot marks what an iteration removed, white is what was gone before it.
+    a layer, a column an iteration; a dot marks what an iteration removed, white is what was gone before it. Where
+    whole layers are searched the last of a layer's steps holds the scores.
     """
     import numpy as np
     from matplotlib.cm import ScalarMappable
 
-    steps = [{str(name): score for name, score in (step.get("scores") or {}).items()} for step in meta.get("steps", ())]
+    scored = [step for step in meta.get("steps", ()) if step.get("scores")]
+    steps = [{str(name): score for name, score in step["scores"].items()} for step in scored]
     names = {name for scores in steps for name in scores}
     if not names:
         return None
@@ -82,8 +83,8 @@ def score_map(meta):
                   if f"{kind}{i}" in scores and not math.isfinite(float(scores[f"{kind}{i}"]))]  # fmt: skip
         if broken:
             axis.plot(*zip(*broken, strict=True), "x", color="#777777", markersize=4)
-        removed = [step.get("block", (None, None)) for step in meta["steps"]]
-        chosen = [(x, layer) for x, (which, layer) in enumerate(removed) if which == kind]
+        removed = [step.get("block", (None, None)) for step in scored]
+        chosen = [(x, layer) for x, (which, layer) in enumerate(removed) if kind in (which, "layer")]
         if chosen:
             axis.plot(*zip(*chosen, strict=True), "o", color="white", markeredgecolor="black", markersize=6.5)
         axis.set_title(kind)
@@ -227,7 +228,7 @@ def draw(figure, caption="", alt=""):
 
 def save(picture, path):
     """Write a Picture as a .png file, atomically."""
-    _write(path, picture.png)
+    write_file(path, picture.png)
 
 
 def draw_order(path, order, meta):
@@ -260,7 +261,7 @@ def write_page(path, title, sections, notices=()):
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         body += [_picture(part) if isinstance(part, Picture) else part for part in section.parts]
         body.append("</section>")
-    _write(path, PAGE.format(title=html.escape(title), body="\n".join(body)).encode())
+    write_file(path, PAGE.format(title=html.escape(title), body="\n".join(body)).encode())
 
 
 def html_table(header, rows, caption="", kind="numbers"):
@@ -327,17 +328,6 @@ def _picture(picture):
         f'alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}"></div>'
         f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
     )
-
-
-def _write(path, data):
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- drawing -------------------------------------------------------------------------------------

@@ -76,6 +76,12 @@ def size(text):
     return value
 
 
+def limit(text):
+    """argparse type: "200" -> (None, 200), "hellaswag=2000" -> ("hellaswag", 2000)."""
+    name, _, number = text.rpartition("=")
+    return name or None, positive(number)
+
+
 def check_folder(folder, flag):
     """Raise ValueError unless files can be written to `folder` once it is made; makes nothing."""
     path = Path(folder).expanduser().absolute()

@@ -16,7 +16,10 @@ from scripts import flags
 
 
 class Result(NamedTuple):
-    """One file: kind "order", "eval", "compare" or "distances"; model: what it names, None where it names none."""
+    """One file: kind "order", "search" (the order of a cell of a comparison), "eval", "compare" or "distances".
+
+    model: what it names, None where it names none.
+    """
 
     path: Path
     kind: str
@@ -101,7 +104,8 @@ def read_results(path):
         check_fields(path, content, "compare.json", ("model", "layers", "parameters", "rows", "settings"))
         files = dict.fromkeys(row.get("order_file") for row in content["rows"])
         beside = [path.parent / name for name in files if name and (path.parent / name).is_file()]
-        return [Result(path, "compare", content["model"], content), *(r for p in beside for r in read_results(p))]
+        searches = [Result(p, "search", content["model"], read_order(p)) for p in beside]
+        return [Result(path, "compare", content["model"], content), *searches]
     if isinstance(content, dict) and "pruning_ratio_percent" in content:
         check_fields(path, content, "a result of eval.py",
                      ("model", "removed", "dense_parameters", "perplexity", "dense_perplexity", "tasks"))  # fmt: skip
@@ -180,7 +184,7 @@ def model_sections(results):
     """Yield (title, {file name: Picture or HTML}) of one model's results, empty ones left out."""
     from lib import report
 
-    orders = [r for r in results if r.kind == "order"]
+    orders = [r for r in results if r.kind in ("order", "search")]
     rows, texts = result_rows(results)
     sections = {
         "results": dict(result_tables(results, rows, texts)),
@@ -188,7 +192,7 @@ def model_sections(results):
         "which blocks went": dict(removal_maps(results, rows)),
         "scores of the search": dict(score_maps(orders)),
         "angular distances": dict(distance_maps(r for r in results if r.kind == "distances")),
-        "settings": {str(r.path): report.settings_table(settings_of(r), str(r.path)) for r in results},
+        "settings": {str(r.path): report.settings_table(settings_of(r), str(r.path)) for r in results if r.kind != "search"},  # fmt: skip
     }
     return [(title, parts) for title, parts in sections.items() if parts]
 
@@ -370,11 +374,12 @@ def score_maps(orders):
 
     for k, result in enumerate(orders, 1):
         order, meta = result.content
-        figure = report.score_map(meta)
-        if figure is None:
+        scored = sum(bool(step.get("scores")) for step in meta.get("steps", ()))
+        if scored < (1 if result.kind == "order" else 2):  # a comparison's one-shot methods have a single column
             continue
+        figure = report.score_map(meta)
         caption = (
-            f"{result.path.name}: {report.score_name(meta)}, every candidate at every iteration. A dot marks what was "
+            f"{result.path.parent.name}/{result.path.name}: {report.score_name(meta)}, every candidate at every iteration. A dot marks what was "
             "removed, white what was gone before, a cross what was not finite."
         )
         if meta.get("approximate"):
