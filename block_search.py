@@ -6,6 +6,12 @@ removal; a run that was cut short continues where it stopped.
 
     python block_search.py --model-path models/Llama-2-7b-hf --device cuda --del-block-num 20 \\
         --cal-dataset alpaca --cal-nsamples 256
+
+--metric writes the same file by another method: the search with the divergence from the dense model in
+place of perplexity (kl), one judgement of every block or layer (lib/importance.py), or the best run of
+consecutive layers. --block-type layer removes whole layers; the file counts each as its two blocks.
+
+    python block_search.py --model-path models/Llama-2-7b-hf --metric bi --block-type layer --target-ratio 0.2
 """
 import hashlib
 import math
@@ -18,17 +24,33 @@ from scripts import flags
 
 # Settings that decide the order: a file searched with others is not continued.
 SETTINGS = (
-    "model", "block_type", "dataset", "split", "text_column", "seed", "documents", "seqlen", "batch_size", "dtype",
+    "model", "metric", "block_type", "protect_first", "protect_last", "window",
+    "dataset", "split", "text_column", "seed", "documents", "seqlen", "batch_size", "dtype",
     "device", "engine", "race_confidence", "text_sha256",
 )  # fmt: skip
+BEFORE = {"metric": "ppl", "protect_first": 0, "protect_last": 0}  # what files without these settings were made with
+
+GREEDY = ("ppl", "kl")  # searched: judged again after each removal
+ONE_SHOT = ("ppl-oneshot", "kl-oneshot", "bi", "rm", "taylor", "magnitude", "last", "random")  # judged once
+WINDOWS = ("angular", "window_ppl", "window_cos")  # one run of consecutive layers
+PASSES = {"bi": 1, "rm": 1, "angular": 1, "window_cos": 1, "taylor": 3, "magnitude": 0, "last": 0, "random": 0}
 
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     flags.add_model_flags(parser)
     parser.add_argument("--ppl-search-path", default="ppls", help="folder of the order file; made when missing")
-    parser.add_argument("--del-block-num", type=flags.count, default=0, help="blocks to remove")
-    parser.add_argument("--block-type", choices=("mha", "mlp", "mix"), default="mix", help="blocks to search")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--del-block-num", type=flags.count, default=0, help="blocks to remove")
+    amount.add_argument("--target-ratio", type=flags.fraction, default=None,
+                        help="remove the fewest that reach this share of all parameters")  # fmt: skip
+    parser.add_argument("--block-type", choices=("mha", "mlp", "mix", "layer"), default="mix",
+                        help="blocks to search; layer: both of a layer together, counted as two")
+    parser.add_argument("--metric", choices=(*GREEDY, *ONE_SHOT, *WINDOWS), default="ppl",
+                        help="what makes a block dispensable; ppl and kl are searched step by step, the last three "
+                        "take one run of consecutive layers, the others judge every block once")  # fmt: skip
+    parser.add_argument("--protect-first", type=flags.count, default=0, help="lowest layers to keep whole")
+    parser.add_argument("--protect-last", type=flags.count, default=0, help="topmost layers to keep whole")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=128, help="documents to draw (not windows)")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
     parser.add_argument("--search", choices=("cached", "race", "exhaustive"), default="cached",
@@ -48,6 +70,16 @@ def parse_args(argv=None):
         args.search = "streamed"
     if not args.model_path:
         parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
+    if args.block_type == "layer" and args.del_block_num % 2:
+        parser.error(f"--del-block-num {args.del_block_num}: --block-type layer removes two blocks a layer; give an "
+                     "even number")  # fmt: skip
+    if args.metric in WINDOWS and args.block_type != "layer":
+        parser.error(f"--metric {args.metric} removes whole layers; add --block-type layer")
+    if args.metric not in GREEDY and args.search in ("race", "exhaustive"):
+        parser.error(f"--search {args.search}: --metric {args.metric} does not search; drop --search")
+    if args.metric == "taylor" and args.offload:
+        parser.error("--metric taylor: needs gradients, which offloaded layers do not have; drop --offload, or take "
+                     "another metric")  # fmt: skip
     return parser, args
 
 
@@ -56,39 +88,45 @@ def main(argv=None):
     from lib import data, orders
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
+    from lib.importance import check_weights
     from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
-    from lib.search import ENGINES, NoFiniteCandidate
+    from lib.search import NoFiniteCandidate
 
     args.device = args.device or default_device()
-    path = orders.order_path(
-        args.ppl_search_path, args.model_path, args.block_type, args.cal_dataset, args.cal_nsamples
-    )
     with parser.user_errors():  # everything that can fail fails before weights are read
-        n_layers = check(args)
+        plan = check(args)
+        path = orders.order_path(
+            args.ppl_search_path, args.model_path, args.block_type, args.cal_dataset, args.cal_nsamples,
+            metric_name(args, plan),
+        )  # fmt: skip
         corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
         documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
         windows = data.cut_windows(
             documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
         )
-        meta = describe(args, corpus, windows, n_layers)
-        order, meta = resume(path, meta, args.overwrite)
-        n = args.del_block_num
-        if len(order) >= n > 0 and not args.dry_run:
+        fresh = describe(args, corpus, windows, plan)
+        order, meta = resume(path, fresh, args.overwrite)
+        if plan.enough(order) and not args.dry_run:
             print(f"nothing to do: {path} holds {len(order)} removals searched with these settings")
-            print_summary(path, order[:n], meta)
+            print_summary(path, order[: plan.enough(order)], meta)
             return
+        if args.metric not in GREEDY:  # judged at once: nothing to continue
+            order, meta = [], fresh
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code, args.offload)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
-    blocks = decoder.blocks(args.block_type)
-    evaluations = sum(len(blocks) - k for k in range(len(order), n))
-    print(f"model         {args.model_path}: {parameter_count(model):,} parameters, {n_layers} layers")
-    print(f"compute       {args.device}, {args.compute_dtype}, engine {args.search}")
+        if args.metric in ("magnitude", "taylor"):
+            check_weights(decoder, plan.units, args.metric, gradients=args.metric == "taylor")
+    blocks, evaluations = len(plan.units) * plan.size, count_evaluations(args, plan, len(order))
+    how = f"engine {args.search}" if args.metric in GREEDY else "judged at once"
+    print(f"model         {args.model_path}: {parameter_count(model):,} parameters, {len(plan.layers)} layers")
+    print(f"compute       {args.device}, {args.compute_dtype}, metric {args.metric}, {how}")
     if note := dtype_note(args.device, args.compute_dtype):
         print(f"note          {note}")
     print(f"calibration   {meta['documents']} documents of {corpus.source} ({corpus.split or 'whole file'}), "
           f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
-    print(f"search        {n} of {len(blocks)} {args.block_type} blocks, {evaluations:,} evaluations -> {path}")
+    amount = f"{plan.most}" if args.target_ratio is None else f"{100 * args.target_ratio:g} %, at most {plan.most}"
+    print(f"search        {amount} of {blocks} {args.block_type} blocks, {evaluations:,} evaluations -> {path}")
     if order:
         print(f"resuming      {len(order)} removals are done: {' '.join(map(str, order))}")
 
@@ -98,11 +136,12 @@ def main(argv=None):
     print(f"dense         perplexity {dense:.4f}, one evaluation takes {seconds:.2f} s")
     if args.dry_run:
         # sharing the layers before each candidate alone halves them; kept states save more
-        estimate = seconds * evaluations * (1 if args.search == "exhaustive" else 0.5)
-        less = "" if args.search == "exhaustive" else " or less"
+        whole = args.search == "exhaustive" or evaluations <= PASSES["taylor"]
+        estimate = seconds * evaluations * (1 if whole else 0.5)
+        less = "" if whole else " or less"
         print(f"estimate      {timedelta(seconds=round(estimate))}{less} for the whole search; nothing written")
         print(orders.to_json({
-            "dry_run": True, "blocks": len(blocks), "windows": len(windows), "tokens": windows.numel(),
+            "dry_run": True, "blocks": blocks, "windows": len(windows), "tokens": windows.numel(),
             "evaluations": evaluations, "estimated_seconds": estimate, "dense_perplexity": dense,
         }))  # fmt: skip
         return
@@ -110,35 +149,60 @@ def main(argv=None):
         print(f"warning: the dense model's perplexity is {dense}; try --compute-dtype fp32", file=sys.stderr)
     meta["dense_perplexity"] = dense
 
-    total = parameter_count(model)
+    before = len(order)
     with progress(evaluations * len(windows)) as bar:
-        options = {}
-        if args.search in ("cached", "race") and args.cache_gb is not None:
-            options["cache_bytes"] = int(args.cache_gb * 2**30)
-        if args.search == "race":
-            options["confidence"] = args.race_confidence
-        engine = ENGINES[args.search](
-            decoder, blocks, windows, n, order, args.ppl_eval_batch_size, bar.advance, **options
-        )
         try:
-            for step in engine:
-                order.append(step.block)
-                ratio = 100 * decoder.block_parameters(order) / total
-                meta["steps"].append({**step._asdict(), "removed_percent": ratio})
-                orders.save_order(path, order, meta)
-                bar.write(f"{len(order):4d}/{n}  {step.block!s:6s}  perplexity {step.perplexity:12.4f}"
-                          f"  removed {ratio:6.2f} %  {step.seconds:7.1f} s")  # fmt: skip
-                bad = [str(b) for b, s in step.scores.items() if not math.isfinite(s)]
-                if bad:
-                    bar.write(f"warning: perplexity not finite without {', '.join(bad)}: never removed in this step")
+            extend(args, plan, decoder, windows, path, order, meta, bar)
         except NoFiniteCandidate as error:
-            meta["failed"] = {"error": str(error), "candidates": error.scores}
-            orders.save_order(path, order, meta)
             bar.close()
             sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
                      f"are in {path}; try --compute-dtype fp32")  # fmt: skip
+    if len(order) > before and args.metric != "ppl":
+        print(f"perplexity    {dense:.4f} -> {meta['steps'][-1]['perplexity']:.4f} on the calibration text")
     draw(path, order, meta)
     print_summary(path, order, meta)
+
+
+def extend(args, plan, decoder, windows, path, order, meta, bar):
+    """Add removals to `order` and `meta`, and to the file at `path`, until the plan has enough.
+
+    Raises NoFiniteCandidate, also kept in the file, where no candidate is left that can go.
+    """
+    from lib import orders
+    from lib.blocks import blocks_of
+    from lib.evaluate import perplexity, window_losses
+    from lib.model import parameter_count
+    from lib.search import NoFiniteCandidate
+
+    total = parameter_count(decoder.model)
+    try:
+        for unit, step in removals(args, plan, decoder, windows, order, meta, bar):
+            for block in blocks_of([unit]):  # a layer is two removals; what is known stands on the second
+                order.append(block)
+                ratio = 100 * decoder.block_parameters(order) / total
+                rest = {"removed_percent": ratio, "block": block}
+                meta["steps"].append({"perplexity": None, "scores": {}, "seconds": 0.0} | rest)
+            meta["steps"][-1] = step | rest
+            if args.metric in GREEDY:
+                orders.save_order(path, order, meta)
+            score = f"{args.metric:10s} {step.get('score', step['perplexity']):12.6g}"
+            if args.metric == "ppl":
+                score = f"perplexity {step['perplexity']:12.4f}"
+            bar.write(f"{len(order):4d}/{plan.most}  {unit!s:7s} {score}"
+                      f"  removed {ratio:6.2f} %  {step['seconds']:7.1f} s")  # fmt: skip
+            bad = [str(b) for b, s in step["scores"].items() if not math.isfinite(s)]
+            if bad:
+                bar.write(f"warning: {args.metric} not finite without {', '.join(bad)}: never removed in this step")
+            if plan.enough(order):
+                break
+    except NoFiniteCandidate as error:
+        meta["failed"] = {"error": str(error), "candidates": error.scores}
+        orders.save_order(path, order, meta)
+        raise
+    if order and meta["steps"][-1]["perplexity"] is None:
+        losses = window_losses(decoder, windows, args.ppl_eval_batch_size, order)
+        meta["steps"][-1]["perplexity"] = perplexity(losses, args.ppl_eval_seqlen)
+        orders.save_order(path, order, meta)
 
 
 def draw(path, order, meta):
@@ -149,7 +213,50 @@ def draw(path, order, meta):
         for picture in draw_order(path, order, meta):
             print(f"picture       {picture}")
     except ImportError:
-        print("note          no pictures: pip install matplotlib, then python -m scripts.report " + str(path))
+        print(f"note          no pictures: pip install matplotlib, then python -m scripts.report {path}")
+
+
+def removals(args, plan, decoder, windows, order, meta, bar):
+    """Yield (unit, step of the order file) for every removal of the metric, until the caller has enough."""
+    from lib.blocks import Block
+    from lib.evaluate import OBJECTIVES
+    from lib.importance import METRICS, WINDOW_METRICS, ranked
+    from lib.search import ENGINES, NoFiniteCandidate
+
+    if not plan.most:
+        return
+    B, start = args.ppl_eval_batch_size, time.perf_counter()
+    if args.metric in GREEDY:
+        options = {"objective": OBJECTIVES[args.metric]}
+        if args.search in ("cached", "race") and args.cache_gb is not None:
+            options["cache_bytes"] = int(args.cache_gb * 2**30)
+        if args.search == "race":
+            options["confidence"] = args.race_confidence
+        done = order if plan.size == 1 else [Block("layer", i) for _, i in order[:: plan.size]]
+        for step in ENGINES[args.search](
+            decoder, plan.units, windows, plan.most // plan.size, done, B, bar.advance, **options
+        ):
+            score = {} if args.metric == "ppl" else {"score": step.perplexity, "perplexity": None}
+            yield step.block, step._asdict() | score
+        return
+    if args.metric in WINDOWS:
+        scores = WINDOW_METRICS[args.metric](
+            decoder, plan.window, windows, batch_size=B, first=args.protect_first, last=args.protect_last,
+            progress=bar.done,
+        )  # fmt: skip
+        meta["window_scores"] = scores
+        best = next(iter(ranked(scores)), None)
+        units = [] if best is None else [Block("layer", i) for i in range(best, best + plan.window)]
+        value, first = dict.fromkeys(units, scores.get(best)), {}
+    else:
+        metric = METRICS[args.metric.removesuffix("-oneshot")]
+        scores = first = metric(decoder, plan.units, windows, batch_size=B, seed=args.seed, progress=bar.done)
+        units, value = ranked(scores), scores
+    seconds = time.perf_counter() - start
+    for unit in units:
+        yield unit, {"perplexity": None, "score": value[unit], "scores": first, "seconds": seconds}
+        first, seconds = {}, 0.0
+    raise NoFiniteCandidate({unit: score for unit, score in scores.items() if not math.isfinite(score)})
 
 
 def print_summary(path, order, meta):
@@ -166,35 +273,53 @@ def print_summary(path, order, meta):
 
 
 def check(args):
-    """Raise ValueError for whatever the flags, the configuration and the folders already tell; return n layers."""
+    """Raise ValueError for whatever the flags, the configuration and the folders already tell; return Candidates."""
     from lib.blocks import find_layers
+    from lib.candidates import candidates
     from lib.data import check_dataset
-    from lib.model import check_device, skeleton
+    from lib.model import check_device, parameter_count, skeleton
 
     check_device(args.device)
     check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
     flags.check_folder(args.ppl_search_path, "--ppl-search-path")
     bare = skeleton(args.model_path, args.trust_remote_code)
     flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
-    n_layers = len(find_layers(bare))
-    most = 2 * n_layers if args.block_type == "mix" else n_layers
-    if args.del_block_num > most:
-        kinds = f"{n_layers} mha + {n_layers} mlp" if args.block_type == "mix" else f"all {args.block_type}"
-        raise ValueError(
-            f"--del-block-num {args.del_block_num}: {args.model_path} has {most} blocks ({kinds}); use 0..{most}"
-        )
-    return n_layers
+    return candidates(
+        find_layers(bare), parameter_count(bare), args.block_type, args.del_block_num, args.target_ratio,
+        args.protect_first, args.protect_last, consecutive=args.metric in WINDOWS,
+    )  # fmt: skip
 
 
-def describe(args, corpus, windows, n_layers):
+def metric_name(args, plan):
+    """Return the metric as the file's name tells it: orders of other windows and draws lie beside each other."""
+    if args.metric == "random":
+        return f"random{args.seed}"
+    return args.metric if plan.window is None else f"{args.metric}{plan.window}"
+
+
+def count_evaluations(args, plan, done):
+    """Return how many passes of all windows the search means, at most."""
+    from lib.candidates import starts
+
+    if args.metric in GREEDY:
+        return sum(len(plan.units) - k for k in range(done // plan.size, plan.most // plan.size))
+    if args.metric == "window_ppl":
+        return len(starts(len(plan.layers), plan.window, args.protect_first, args.protect_last))
+    return PASSES.get(args.metric, len(plan.units))
+
+
+def describe(args, corpus, windows, plan):
     """Return the order file's meta before the first removal."""
     return {
-        "model": args.model_path, "layers": n_layers, "block_type": args.block_type, "dataset": args.cal_dataset,
+        "model": args.model_path, "layers": len(plan.layers), "metric": args.metric, "block_type": args.block_type,
+        "protect_first": args.protect_first, "protect_last": args.protect_last, "window": plan.window,
+        "dataset": args.cal_dataset,
         "source": corpus.source, "split": corpus.split, "text_column": args.text_column, "seed": args.seed,
         "documents": args.cal_nsamples, "windows": len(windows), "seqlen": args.ppl_eval_seqlen,
         "tokens": windows.numel(), "batch_size": args.ppl_eval_batch_size,
         "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "dtype": args.compute_dtype,
-        "device": args.device, "engine": args.search, "approximate": args.search == "race",
+        "device": args.device, "engine": args.search if args.metric in GREEDY else None,
+        "approximate": args.search == "race",
         "race_confidence": args.race_confidence if args.search == "race" else None, "versions": flags.versions(),
         "steps": [],
     }  # fmt: skip
@@ -209,7 +334,8 @@ def resume(path, meta, overwrite):
     if overwrite or not Path(path).exists():
         return [], meta
     order, old = read_order(path)
-    differ = [f"{key} {old.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS if old.get(key) != meta[key]]
+    there = BEFORE | old
+    differ = [f"{key} {there.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS if there.get(key) != meta[key]]
     if differ:
         what = f"with other settings ({'; '.join(differ)})" if old else "and does not say how it was searched"
         raise ValueError(f"{path}: exists {what}; pass --overwrite to replace it, or give another --ppl-search-path")
@@ -237,6 +363,9 @@ class progress:
         self.scores[block] = score
         best = min(self.scores, key=lambda b: (math.isnan(self.scores[b]), self.scores[b]))
         self.bar.set_postfix_str(f"best {best} {self.scores[best]:.4f}", refresh=False)
+        self.bar.update(windows)
+
+    def done(self, windows):
         self.bar.update(windows)
 
     def write(self, line):

@@ -117,7 +117,7 @@ class Decoder:
         self.family = FAMILIES[type(self.layers[0]).__name__]
         self.removed = set()
         self.counts = Counter()
-        self._parts = [_find_parts(layer) for layer in self.layers]
+        self._parts = [_find_parts(layer, self.family) for layer in self.layers]
         self.split = self._prove()
 
     @property
@@ -235,8 +235,7 @@ class Decoder:
 
     def parameters(self, blocks):
         """Return the parameters that go with `blocks`, norms included; those already removed are none."""
-        blocks = blocks_of(blocks)
-        return _leaving({i: self._parts[i] for _, i in blocks}, {*blocks, *self.removed})
+        return _leaving(self._parts, {*blocks_of(blocks), *self.removed})
 
     def block_parameters(self, blocks):
         """Return how many parameters go with `blocks`, as `parameters`."""
@@ -362,18 +361,18 @@ def find_layers(model):
 
 
 def block_parameters(layers, blocks):
-    """Return how many parameters go with `blocks` of these layers, norms included; weights are not needed."""
-    blocks = blocks_of(blocks)
-    return sum(p.numel() for p in _leaving({i: _find_parts(layers[i]) for _, i in blocks}, set(blocks)))
+    """Return how many parameters go with `blocks`, norms included; no weights and no proof are needed."""
+    parts = [_find_parts(layer, FAMILIES[type(layer).__name__]) for layer in layers]
+    return sum(p.numel() for p in _leaving(parts, blocks_of(blocks)))
 
 
-def _find_parts(layer):
+def _find_parts(layer, row):
     """Return [(name, module, stand-in, kinds)]: the module is swapped once all of `kinds` are masked."""
 
     def present(names):
         return [name for name in names if getattr(layer, name, None) is not None]
 
-    row, parts = FAMILIES[type(layer).__name__], []
+    parts = []
     norms = {"mha": present(row.mha_norms), "mlp": present(row.mlp_norms)}
     for kind in KINDS:
         names = present(getattr(row, kind))
@@ -390,11 +389,12 @@ def _find_parts(layer):
 
 
 def _leaving(parts, blocks):
-    """Return the parameters of the modules that go with `blocks`; parts: layer -> its parts."""
-    gone = {}
-    for i, layer_parts in parts.items():
-        for _, module, _, owners in layer_parts:
-            if all((kind, i) in blocks for kind in owners):
+    """Return the parameters of the modules that go with `blocks`; parts: each layer's."""
+    gone, blocks = {}, set(blocks)
+    for i in {i for _, i in blocks}:
+        kinds = {kind for kind in KINDS if (kind, i) in blocks}
+        for _, module, _, owners in parts[i]:
+            if owners <= kinds:
                 gone |= {id(p): p for p in module.parameters()}
     return list(gone.values())
 

@@ -22,6 +22,7 @@ import math
 
 import torch
 
+from lib.candidates import starts
 from lib.evaluate import OBJECTIVES
 from lib.search import NoFiniteCandidate, cached, streamed
 from lib.similarity import similarities
@@ -159,11 +160,6 @@ def window_ppl(decoder, n, windows, *, batch_size=8, first=0, last=0, progress=N
 
 
 WINDOW_METRICS = {"angular": angular, "window_ppl": window_ppl, "window_cos": window_cos}
-
-
-def starts(n_layers, n, first=0, last=0):
-    """Return where a window of n layers can start: range(first, n_layers - last - n + 1)."""
-    return range(first, n_layers - last - n + 1)
 
 
 # ---- what metrics need ---------------------------------------------------------------------------

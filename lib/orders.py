@@ -34,11 +34,15 @@ def parse_block(name):
     return Block(match[1], int(match[2]))
 
 
-def order_path(folder, model_path, block_type, dataset, nsamples):
-    """Return the reference's file name: <model>_<type>_<dataset>_ns_<n>_del_order_list.json."""
+def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
+    """Return the reference's file name: <model>_<type>_<dataset>_ns_<n>_del_order_list.json.
+
+    Of another metric than the reference's the name follows the type: <model>_<type>_<metric>_<dataset>_...
+    """
     name = os.path.basename(os.path.abspath(model_path))  # "." and ".." have a name too
     model = Path(name).stem if name.endswith(".gguf") else name
     data = Path(dataset).stem if Path(dataset).suffix else dataset
+    block_type = block_type if metric == "ppl" else f"{block_type}_{metric}"
     return Path(folder).expanduser() / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
 
 

@@ -36,17 +36,17 @@ _ONCE = {  # method: metric, protected layers, what it is
 # name: (flags of block_search.py, what it is). What judges once removes whole layers under its own name, as
 # published, and blocks as NAME-block.
 METHODS = {
-    "blockpruner": (["--metric", "ppl", "--block-type", "mix"], "the paper: greedy perplexity, attention and MLP blocks"),
+    "blockpruner": (["--metric", "ppl", "--block-type", "mix"], "the paper: greedy perplexity, all blocks"),
     "mha": (["--metric", "ppl", "--block-type", "mha"], "greedy perplexity, attention blocks only"),
     "mlp": (["--metric", "ppl", "--block-type", "mlp"], "greedy perplexity, MLP blocks only"),
     "sleb": (["--metric", "ppl", "--block-type", "layer"], "greedy perplexity, layers (SLEB)"),
-    "kl": (["--metric", "kl", "--block-type", "mix"], "greedy divergence from the dense model, blocks (EvoPress's fitness)"),
+    "kl": (["--metric", "kl", "--block-type", "mix"], "greedy divergence from the dense model, all blocks (EvoPress)"),
     **{f"{name}{suffix}": (["--metric", metric, "--block-type", kind, "--protect-first", str(first), "--protect-last",
                             str(last)], f"{what}: {about}")
        for name, (metric, (first, last), about) in _ONCE.items()
        for suffix, kind, what in (("", "layer", "layers"), ("-block", "mix", "blocks"))},
-    "angular": (["--metric", "angular", "--block-type", "layer"], "consecutive layers, angular distance (Gromov et al.)"),
-    "window_ppl": (["--metric", "window_ppl", "--block-type", "layer"], "consecutive layers, perplexity without (Quark)"),
+    "angular": (["--metric", "angular", "--block-type", "layer"], "consecutive layers, angle (Gromov et al.)"),
+    "window_ppl": (["--metric", "window_ppl", "--block-type", "layer"], "consecutive layers, perplexity (Quark)"),
     "window_cos": (["--metric", "window_cos", "--block-type", "layer"], "consecutive layers, cos (LLM-Streamline)"),
 }  # fmt: skip
 SEEDED = ("random", "random-block")
@@ -322,9 +322,36 @@ def remove(bench, job):
     fresh = block_search.describe(args, bench.corpus, bench.calibration.windows, plan)
     order, meta = block_search.resume(path, fresh, overwrite=False)
     if not plan.enough(order):
-        order = block_search.extend(args, plan, bench.decoder, bench.calibration.windows, path, order, meta)
+        if args.metric not in block_search.GREEDY:  # judged at once: nothing to continue
+            order, meta = [], fresh
+        meta["dense_perplexity"] = calibration_perplexity(bench)
+        block_search.extend(args, plan, bench.decoder, bench.calibration.windows, path, order, meta, Printer(job))
     order = order[: plan.enough(order)]
     return {"removed": [str(block) for block in order], "order_file": str(path.relative_to(bench.folder))}
+
+
+class Printer:
+    """Stands for block_search.py's progress bar: prints the lines of finished steps."""
+
+    def __init__(self, job):
+        self.job = job
+
+    def advance(self, block, windows, score):
+        pass
+
+    def done(self, windows):
+        pass
+
+    def write(self, line):
+        print(f"          {self.job!s:22s} {line.strip()}", flush=True)
+
+
+def calibration_perplexity(bench):
+    """Return the dense model's perplexity on the calibration text, which its cell keeps."""
+    from lib.evaluate import perplexity
+
+    sums = open_cell(bench, Job("dense", 0.0, None))[1]["measured"][text_key(bench.calibration)]
+    return perplexity(torch_sums(sums), bench.args.ppl_eval_seqlen)
 
 
 def search_flags(bench, job):
@@ -355,7 +382,7 @@ def measurements(bench, job):
     from lib.evaluate import window_losses
 
     args, decoder, wanted = bench.args, bench.decoder, {}
-    for text in bench.texts:
+    for text in (bench.calibration, *bench.texts) if not job.ratio else bench.texts:
         wanted[text_key(text)] = lambda removed, text=text: window_losses(
             decoder, text.windows, args.ppl_eval_batch_size, removed
         ).tolist()
@@ -392,10 +419,15 @@ def run_task(bench, task, removed):
 
 def losses_of(bench, cell):
     """Return {text: loss sums (N,), float64} of what is measured."""
+    found = {text.name: cell["measured"].get(text_key(text)) for text in bench.texts}
+    return {name: torch_sums(sums) for name, sums in found.items() if sums}
+
+
+def torch_sums(sums):
+    """Return loss sums as JSON has them, where "nan" is a string, as a tensor (N,), float64."""
     import torch
 
-    found = {text.name: cell["measured"].get(text_key(text)) for text in bench.texts}
-    return {name: torch.tensor([float(x) for x in sums], dtype=torch.float64) for name, sums in found.items() if sums}
+    return torch.tensor([float(x) for x in sums], dtype=torch.float64)
 
 
 def row_of(bench, job, cell, failed):
@@ -403,7 +435,8 @@ def row_of(bench, job, cell, failed):
     args, parameters = bench.args, bench.parameters
     row = {"method": job.method, "label": job.method, "ratio": 100 * job.ratio, "seed": job.seed, "removed": [],
            "removed_percent": None, "parameters": None, "perplexity": {}, "tasks": {}, "speed": None,
-           "order_file": cell.get("order_file"), "failed": failed, "seconds": sum(cell["seconds"].values())}  # fmt: skip
+           "order_file": cell.get("order_file"), "failed": failed,
+           "seconds": sum(cell["seconds"].values())}  # fmt: skip
     if failed is None:
         gone = bench.decoder.block_parameters(removed_blocks(cell))
         found = {task: cell["measured"].get(task_key(args, task)) for task in args.tasks}

@@ -82,6 +82,17 @@ def limit(text):
     return name or None, positive(number)
 
 
+def fraction(text):
+    """argparse type: a number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
 def check_folder(folder, flag):
     """Raise ValueError unless files can be written to `folder` once it is made; makes nothing."""
     path = Path(folder).expanduser().absolute()

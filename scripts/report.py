@@ -192,7 +192,9 @@ def model_sections(results):
         "which blocks went": dict(removal_maps(results, rows)),
         "scores of the search": dict(score_maps(orders)),
         "angular distances": dict(distance_maps(r for r in results if r.kind == "distances")),
-        "settings": {str(r.path): report.settings_table(settings_of(r), str(r.path)) for r in results if r.kind != "search"},  # fmt: skip
+        "settings": {
+            str(r.path): report.settings_table(settings_of(r), str(r.path)) for r in results if r.kind != "search"
+        },
     }
     return [(title, parts) for title, parts in sections.items() if parts]
 
@@ -379,8 +381,8 @@ def score_maps(orders):
             continue
         figure = report.score_map(meta)
         caption = (
-            f"{result.path.parent.name}/{result.path.name}: {report.score_name(meta)}, every candidate at every iteration. A dot marks what was "
-            "removed, white what was gone before, a cross what was not finite."
+            f"{result.path.parent.name}/{result.path.name}: {report.score_name(meta)}, every candidate at every "
+            "iteration. A dot marks what was removed, white what was gone before, a cross what was not finite."
         )
         if meta.get("approximate"):
             caption += " Approximate: a candidate that fell behind was scored on its first windows only."

@@ -26,9 +26,11 @@ class Run(NamedTuple):
 
 
 def flags(**values):
-    """{"del_block_num": 3, "overwrite": True} -> ["--del-block-num", "3", "--overwrite"]"""
+    """{"del_block_num": 3, "overwrite": True, "seed": None} -> ["--del-block-num", "3", "--overwrite"]"""
     words = []
     for name, value in values.items():
+        if value is None:
+            continue
         words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
     return words
 

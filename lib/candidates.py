@@ -1,0 +1,84 @@
+"""Which blocks may go and how many must: block type, protected layers, a number of blocks or a share of the parameters.
+
+All of it is known from the model's modules, before any weight is read.
+
+    plan = candidates(find_layers(skeleton(path)), parameter_count(skeleton(path)), "layer", ratio=0.2, first=4, last=2)
+    plan.enough(order)    # how many of these removals reach 20 %, None where they are too few
+"""
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
+
+from lib.blocks import KINDS, Block, block_parameters
+
+
+class Candidates(NamedTuple):
+    """units: the blocks or whole layers that may go, in the paper's order; size: blocks in a unit, 2 in a layer.
+
+    most: removals, counted in blocks, that may be needed. window: the length of a run of consecutive
+    layers, None where units go one by one. enough(order): how many removals of an order are as many as
+    asked for, None where they are too few.
+    """
+
+    layers: list
+    units: list
+    size: int
+    most: int
+    window: int | None
+    enough: Callable
+
+
+def candidates(layers, total, block_type, number=0, ratio=None, first=0, last=0, consecutive=False):
+    """Return the Candidates in `layers`, decoder layers with or without weights, of a model of `total` parameters.
+
+    number: blocks to remove; ratio: instead, the share of `total` to reach with the fewest removals;
+    first, last: layers at the two ends that stay whole; consecutive: remove one run of layers.
+    Raises ValueError, one line, where there are not so many.
+    """
+    L, size = len(layers), 2 if block_type == "layer" else 1
+    n = L - first - last
+    if n < 0:
+        raise ValueError(f"--protect-first {first} --protect-last {last}: the model has {L} layers; protect 0..{L}")
+    kinds = KINDS if block_type == "mix" else (block_type,)
+    units = [Block(kind, i) for kind in kinds for i in range(first, L - last)]
+    most = len(units) * size
+    what = {"mix": f"{n} mha + {n} mlp", "layer": f"{n} layers"}.get(block_type, f"all {block_type}")
+    what = f"{most} blocks ({what}{f', {L - n} of {L} layers protected' if n < L else ''})"
+    if number > most:
+        raise ValueError(f"--del-block-num {number}: the model has {what}; use 0..{most}")
+    if ratio is None:
+        return _counted(layers, units, size, number, number // 2 if consecutive else None)
+
+    def removed(blocks):
+        return block_parameters(layers, blocks)
+
+    wanted = ratio * total
+    if removed(units) < wanted:
+        reach = math.floor(1e4 * removed(units) / total) / 1e4
+        raise ValueError(f"--target-ratio {ratio}: {what} hold {reach} of the model's parameters; use at most that")
+    if consecutive:  # so many layers that every run of them is enough
+        runs = (
+            [[Block("layer", j) for j in range(i, i + k)] for i in starts(L, k, first, last)] for k in range(1, n + 1)
+        )
+        window = next(k for k, choice in enumerate(runs, 1) if all(removed(run) >= wanted for run in choice))
+        return _counted(layers, units, size, 2 * window, window)
+    smallest_first = list(accumulate(sorted(removed([unit]) for unit in units)))
+    most = min(most, size * (1 + bisect_left(smallest_first, wanted)))
+
+    def enough(order):
+        k = bisect_left(range(len(order) + 1), wanted, key=lambda k: removed(order[:k]))
+        k += k % size  # a layer goes whole
+        return k if k <= len(order) else None
+
+    return Candidates(layers, units, size, most, None, enough)
+
+
+def starts(n_layers, n, first=0, last=0):
+    """Return where a run of n layers can start with the `first` lowest and the `last` topmost layers kept."""
+    return range(first, n_layers - last - n + 1)
+
+
+def _counted(layers, units, size, most, window):
+    return Candidates(layers, units, size, most, window, lambda order: most if 0 < most <= len(order) else None)
