@@ -153,7 +153,7 @@ def curves(panels, percent=False):
     methods = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != "dense"))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure, axes = _figure(4.8 * columns + 2, 4.2 * rows, rows, columns)
+    figure, axes = _figure(4.8 * columns + 2, max(4.2 * rows, 0.2 * len(methods) + 0.4), rows, columns)
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, points in lines.items():
             if name == "dense":
@@ -279,7 +279,7 @@ def settings_table(settings, caption=""):
 
     def text(value):
         if isinstance(value, dict):
-            return ", ".join(f"{key} {text(item)}" for key, item in value.items())
+            return ", ".join(f"{key} {text(item)}" for key, item in value.items() if item is not None)
         if isinstance(value, (list, tuple)):
             return " ".join(map(text, value))
         return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
@@ -308,7 +308,7 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-siz
 caption {{ text-align: left; padding-bottom: .4rem; }}
 th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
 th:first-child {{ text-align: left; }} thead th {{ border-bottom: 2px solid #555; }}
-td.text, .settings td {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
+td.text, .settings td, .settings th {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
 figure {{ margin: 1.5rem 0; }} figcaption {{ font-size: .9rem; color: #444; max-width: 50rem; }}
 figure img {{ display: block; height: auto; }}
 </style>

@@ -51,7 +51,8 @@ def merge_seeds(rows):
     merged = []
     for same in groups.values():
         good = [row for row in same if not row.get("failed")]
-        merged.append(_mean(good) if len(good) > 1 else (good or same)[0])
+        row = (good or same)[0]
+        merged.append(_mean(good) if len(good) > 1 else {**row, "blocks": len(row["removed"])})
     return merged
 
 
@@ -69,7 +70,7 @@ def results_table(rows):
     found = {name for row in rows for name in row["tasks"]}
     tasks = [*(t for t in TITLES if t in found), *sorted(found - TITLES.keys())]
     speeds = list(dict.fromkeys(name for row in rows for name in row.get("speed") or {}))
-    header = ["method", "ratio %", *(f"{name} PPL" for name in texts), *(TITLES.get(t, t) for t in tasks)]
+    header = ["method", "blocks", "ratio %", *(f"{name} PPL" for name in texts), *(TITLES.get(t, t) for t in tasks)]
     header += (["average"] if tasks else []) + speeds
     groups = []
     for ratio in sorted({row["ratio"] for row in rows}):
@@ -77,7 +78,7 @@ def results_table(rows):
         columns = {row["label"]: _cells(row, texts, tasks, speeds) for row in group if not row.get("failed")}
         if ratio:
             # perplexities, the lower the better; scores and their average, the higher; speeds are not ranked
-            signs = [None] + [1] * len(texts) + [-1] * (len(tasks) + bool(tasks)) + [None] * len(speeds)
+            signs = [None, None] + [1] * len(texts) + [-1] * (len(tasks) + bool(tasks)) + [None] * len(speeds)
             _mark_best(columns, signs)
         title = f"at least {ratio:g} % removed" if ratio else ""
         lines = [(r["label"], columns[r["label"]] if r["label"] in columns else str(r["failed"])) for r in group]
@@ -152,6 +153,7 @@ def _mean(rows):
         return {"value": statistics.fmean(values), "error": statistics.stdev(values), "level": False}
 
     row = {**rows[0], "seed": None, "label": f"{rows[0]['label']} ({len(rows)} seeds)"}
+    row["blocks"] = round(statistics.fmean(len(r["removed"]) for r in rows), 1)
     row["removed_percent"] = statistics.fmean(r["removed_percent"] for r in rows)
     row["perplexity"] = {name: over(r["perplexity"][name]["value"] for r in rows) for name in rows[0]["perplexity"]}
     row["tasks"] = {}
@@ -163,7 +165,7 @@ def _mean(rows):
 
 
 def _cells(row, texts, tasks, speeds):
-    cells = [Cell(f"{row['removed_percent']:.2f}")]
+    cells = [Cell(f"{row['blocks']:g}"), Cell(f"{row['removed_percent']:.2f}")]
     for name in texts:
         measured = row["perplexity"].get(name)
         cells.append(_number(measured["value"], measured["error"], measured.get("level")) if measured else Cell("-"))

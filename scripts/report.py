@@ -348,7 +348,7 @@ def removal_maps(results, rows):
     for result in results:
         if result.kind == "order" and result.content[0]:
             groups["orders"][label_of(result, groups["orders"])] = result.content[0]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["ratio"]):
         if row["removed"]:
             group = groups.setdefault(f"at least {row['ratio']:g} %" if not row.get("source") else "results", {})
             name = row["label"] if row.get("seed") is None else f"{row['label']}, seed {row['seed']}"
@@ -409,7 +409,9 @@ def settings_of(result):
     if result.kind == "compare":
         content = result.content
         return {"model": content["model"], "layers": content["layers"], "parameters": content["parameters"],
-                **content["settings"], **{f"text {name}": about for name, about in content.get("texts", {}).items()},
+                **{name: value for name, value in content["settings"].items() if name != "methods"},
+                **{f"method {name}": about for name, about in content["settings"].get("methods", {}).items()},
+                **{f"text {name}": about for name, about in content.get("texts", {}).items()},
                 "versions": content.get("versions")}  # fmt: skip
     if result.kind == "distances":
         return {"windows": len(result.content)}

@@ -197,29 +197,29 @@ def test_table_puts_the_best_of_each_ratio_in_bold_and_says_why_a_cell_failed():
             row("c", 20, 15.0)]  # fmt: skip
     rows[1]["perplexity"]["text"]["level"] = True
     lines = tables.markdown(tables.results_table(rows)).splitlines()
-    assert lines[0] == "| method | ratio % | text PPL | PIQA | ARC-e | average |"
-    assert lines[2] == "| dense | 0.40 | 8.00 ± 0.12 | 70.00 ± 3.00 | 50.00 ± 4.00 | 60.00 ± 2.50 |"
+    assert lines[0] == "| method | blocks | ratio % | text PPL | PIQA | ARC-e | average |"
+    assert lines[2] == "| dense | 0 | 0.40 | 8.00 ± 0.12 | 70.00 ± 3.00 | 50.00 ± 4.00 | 60.00 ± 2.50 |"
     assert lines[4:7] == [
-        "| a\\_b | 10.40 | 12.00≈ ± 0.12 | **60.00** ± 3.00 | **50.00** ± 4.00 | **55.00** ± 2.50 |",
-        "| c | 10.40 | **11.00** ± 0.12 | 50.00 ± 3.00 | **50.00** ± 4.00 | 50.00 ± 2.50 |",
-        "| d | failed: cannot reach 10 %: a\\|b |  |  |  |  |",
+        "| a\\_b | 0 | 10.40 | 12.00≈ ± 0.12 | **60.00** ± 3.00 | **50.00** ± 4.00 | **55.00** ± 2.50 |",
+        "| c | 0 | 10.40 | **11.00** ± 0.12 | 50.00 ± 3.00 | **50.00** ± 4.00 | 50.00 ± 2.50 |",
+        "| d | failed: cannot reach 10 %: a\\|b |  |  |  |  |  |",
     ]
-    assert lines[8:] == ["| a\\_b | 20.40 | **15.00** ± 0.12 | - | - | - |",
-                         "| c | 20.40 | **15.00** ± 0.12 | - | - | - |"]  # fmt: skip
+    assert lines[8:] == ["| a\\_b | 0 | 20.40 | **15.00** ± 0.12 | - | - | - |",
+                         "| c | 0 | 20.40 | **15.00** ± 0.12 | - | - | - |"]  # fmt: skip
 
 
 def test_latex_table_escapes_what_latex_would_obey():
     rows = [row("dense", 0, 8.0), row("a_b", 10, 12.0)]
     rows.append(row("d", 10, 1.0, perplexity={}, failed=r"50 % of $x_1 & {y}~\z^#"))
     text = tables.latex(tables.results_table(rows))
-    assert r"a\_b & 10.40 & \textbf{12.00} {\scriptsize$\pm$0.12} \\" in text
+    assert r"a\_b & 0 & 10.40 & \textbf{12.00} {\scriptsize$\pm$0.12} \\" in text
     assert (r"failed: 50 \% of \$x\_1 \& \{y\}\textasciitilde{}\textbackslash{}z\textasciicircum{}\#}" in text)
     body = re.sub(r"\\[&%$#_{}]", "", text)
     for line in body.splitlines():
         if line.endswith(r"\\"):
             columns = line.count("&") + 1 + sum(int(n) - 1 for n in re.findall(r"multicolumn{(\d+)}", line))
-            assert columns == 3, line
-    assert text.count(r"\midrule") == 2 and text.startswith(r"\begin{tabular}{lrr}")
+            assert columns == 4, line
+    assert text.count(r"\midrule") == 2 and text.startswith(r"\begin{tabular}{lrrr}")
 
 
 def test_seeds_become_a_mean_and_a_standard_deviation():
