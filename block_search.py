@@ -116,7 +116,7 @@ def main(argv=None):
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
         if args.metric in ("magnitude", "taylor"):
-            check_weights(decoder, plan.units, args.metric, gradients=args.metric == "taylor")
+            check_weights(decoder, plan.units, f"--metric {args.metric}", inside=args.metric == "taylor")
     blocks, evaluations = len(plan.units) * plan.size, count_evaluations(args, plan, len(order))
     how = f"engine {args.search}" if args.metric in GREEDY else "judged at once"
     print(f"model         {args.model_path}: {parameter_count(model):,} parameters, {len(plan.layers)} layers")

@@ -62,7 +62,7 @@ def kl(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
 
 def magnitude(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     """Return the sum of abs(w) over all parameters that leave with the unit: weights, biases, its norms."""
-    check_weights(decoder, units, "magnitude")
+    check_weights(decoder, units, "--metric magnitude")
     scores = {}
     for unit in units:
         with decoder.resident(unit.layer):
@@ -77,7 +77,7 @@ def taylor(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     Needs memory for the activations of a batch and for the units' gradients, summed in float32 or
     better. Raises ValueError where there are no gradients: quantised or offloaded weights.
     """
-    check_weights(decoder, units, "taylor", gradients=True)
+    check_weights(decoder, units, "--metric taylor", inside=True)
     parts = {unit: decoder.parameters([unit]) for unit in units}
     wanted = {id(p): p for parameters in parts.values() for p in parameters}
     with _gradients(decoder.model, wanted.values()) as gradients:
@@ -165,21 +165,21 @@ WINDOW_METRICS = {"angular": angular, "window_ppl": window_ppl, "window_cos": wi
 # ---- what metrics need ---------------------------------------------------------------------------
 
 
-def check_weights(decoder, units, metric, gradients=False):
-    """Raise ValueError where the weights of `units` are quantised, or away when gradients are wanted."""
+def check_weights(decoder, units, method, inside=False):
+    """Raise ValueError, naming the method, where the weights of `units` are quantised, or `inside` and offloaded."""
     name = type(decoder.model).__name__
     layers = {unit.layer for unit in units}
     tensors = [t for i in layers for t in (*decoder.layers[i].parameters(), *decoder.layers[i].buffers())]
     packed = (torch.int32, torch.int16)
     if any(t.dtype in packed or (t.dtype.itemsize == 1 and t.dtype != torch.bool) for t in tensors):
         raise ValueError(
-            f"--metric {metric}: the weights of this {name} are quantised, which this metric cannot read; "
-            "load the model's unquantised checkpoint, or take another metric"
+            f"{method}: the weights of this {name} are quantised, and it works on dense ones; load the model's "
+            "unquantised checkpoint, or take another method"
         )
-    if gradients and any(p.is_meta for i in layers for p in decoder.layers[i].parameters()):
+    if inside and any(p.is_meta for i in layers for p in decoder.layers[i].parameters()):
         raise ValueError(
-            f"--metric {metric}: needs gradients, and the layers of this {name} are offloaded; drop --offload, give it "
-            "enough memory, or take another metric"
+            f"{method}: needs gradients or all weights at once, and the layers of this {name} are offloaded; drop "
+            "--offload, give it enough memory, or take another method"
         )
 
 

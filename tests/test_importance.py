@@ -247,7 +247,7 @@ def test_taylor_leaves_the_model_as_it_was():
 def test_quantised_weights_are_refused_by_name():
     model = toy("llama")
     decoder = Decoder(model)
-    check_weights(decoder, decoder.blocks(), "taylor", gradients=True)
+    check_weights(decoder, decoder.blocks(), "--metric taylor", inside=True)
     model.model.layers[1].mlp.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))
     for metric in ("taylor", "magnitude"):
         with pytest.raises(ValueError, match=f"--metric {metric}: the weights of this LlamaForCausalLM are quantised"):

@@ -1,0 +1,267 @@
+"""LaCo: layers collapse into one by adding up what makes them differ (Yang et al., arXiv 2402.11187).
+
+From the top down, C layers are merged into the lowest of them; a merge stays when the final hidden
+states of a few texts keep a mean cosine above a threshold with the dense model's. Only the projections
+are merged (attention and MLP, weights and biases); norms stay the lowest layer's. Two merges, by name:
+
+    paper       theta_l + sum over k of (theta_(l+k) - theta_l), as the paper defines it
+    last        the topmost layer's projections: what the authors' notebook comes to, because it
+                subtracts the sum so far in place of theta_l
+
+    collapsed = collapse(decoder, windows, merge=4, remove=6)
+    write(decoder, collapsed, "pruned", record={})
+"""
+import contextlib
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lib.blocks import KINDS, Block
+from lib.evaluate import last_states
+from lib.importance import check_weights
+from lib.orders import write_json
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a configuration with one value a layer
+HALVINGS = 40  # of the threshold's range; each costs only states not compared before
+
+
+class Merged(NamedTuple):
+    """A layer of the collapsed model: layer `base` of the dense one with the sum of weights (layer, factor) in it."""
+
+    base: int
+    weights: tuple
+
+
+class Collapsed(NamedTuple):
+    """layers: list of Merged, lowest first; merges: (place in the model as it then was, similarity); threshold."""
+
+    layers: tuple
+    merges: list
+    threshold: float
+
+
+def collapse(
+    decoder, windows, merge=4, interval=2, lowest=1, highest=None, variant="paper", threshold=None, remove=None,
+    batch_size=8, progress=None,
+):  # fmt: skip
+    """Return the Collapsed model, for `threshold` or for the threshold that removes `remove` layers; changes no weight.
+
+    windows: token ids (N, T), a few; merge: layers merged at a time (C), so each merge removes merge - 1;
+    interval: layers to go down after a merge; lowest, highest: merges lie in [lowest, highest), None is
+    the top; progress() is called at each comparison. Raises ValueError for a family whose layers
+    cannot be merged, and where no threshold removes `remove` layers.
+    """
+    check_mergeable(decoder)
+    L = decoder.n_layers
+    highest = L if highest is None else highest
+    check_range(L, merge, lowest, highest, remove)
+    similarity = _similarity(decoder, windows, batch_size, progress)
+
+    def descend(threshold):
+        layers, merges = tuple(Merged(i, ((i, 1),)) for i in range(L)), []
+        place = highest - merge
+        while place >= lowest:
+            candidate = merged(layers, place, merge, variant)
+            s = similarity(candidate)
+            if s > threshold:
+                layers = candidate
+                merges.append((place, s))
+                place = min(place - interval, len(layers) - merge)
+            else:
+                place -= 1
+        return Collapsed(layers, merges, threshold)
+
+    if remove is None:
+        return descend(threshold)
+    low, high, seen = -1.0, 1.0, set()
+    most = descend(low)
+    if L - len(most.layers) == remove:
+        return most
+    for _ in range(HALVINGS if L - len(most.layers) > remove else 0):
+        found = descend((low + high) / 2)
+        gone = L - len(found.layers)
+        if gone == remove:
+            return found
+        seen.add(gone)
+        low, high = (low, found.threshold) if gone < remove else (found.threshold, high)
+    reached = ", ".join(map(str, sorted({L - len(most.layers), *seen})))
+    raise ValueError(
+        f"LaCo: no threshold removes {remove} layers by merges of {merge}; thresholds removed {reached}: ask for one "
+        "of these, or change the number of layers merged at a time"
+    )
+
+
+def merged(layers, place, merge, variant="paper"):
+    """Return `layers` with those of [place, place + merge) merged into the first of them."""
+    group, total = layers[place : place + merge], Counter()
+    for k, layer in enumerate(group):
+        # theta_l + sum of differences: every other layer once, theta_l as often as is left of 1
+        factor = {"paper": 2 - merge if k == 0 else 1, "last": int(k == merge - 1)}[variant]
+        for i, part in layer.weights:
+            total[i] += factor * part
+    weights = tuple(sorted((i, factor) for i, factor in total.items() if factor))
+    return (*layers[:place], Merged(group[0].base, weights), *layers[place + merge :])
+
+
+VARIANTS = ("paper", "last")
+
+
+def check_range(n_layers, merge, lowest, highest, remove=None):
+    """Raise ValueError unless merges of so many layers fit in and can remove so many."""
+    if not 0 <= lowest <= highest - merge <= n_layers - merge:
+        raise ValueError(
+            f"LaCo: merges of {merge} layers in [{lowest}, {highest}) of {n_layers} layers; make room for one"
+        )
+    most = (highest - lowest - 1) // (merge - 1) * (merge - 1)
+    if remove is not None and (remove % (merge - 1) or not 0 < remove <= most):
+        raise ValueError(
+            f"LaCo: merges of {merge} layers in [{lowest}, {highest}) remove {merge - 1} at a time and at most {most}; "
+            f"{remove} cannot be reached"
+        )
+
+
+def check_mergeable(decoder):
+    """Raise ValueError where a decoder's layers are no stack of linear projections of one class of transformers."""
+    model, name = decoder.model, type(decoder.layers[0]).__name__
+    check_weights(decoder, [Block("layer", i) for i in range(decoder.n_layers)], "LaCo", inside=True)
+    if not type(model).__module__.startswith("transformers."):
+        raise ValueError(f"LaCo: {name} is code of the checkpoint's own, and a stock checkpoint has none")
+    shapes = [[(n, p.shape) for n, p in projections(decoder, i)] for i in range(decoder.n_layers)]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"LaCo: the layers of {type(model).__name__} differ in shape and cannot be merged")
+    covered = {id(p) for _, p in projections(decoder, 0)}
+    rest = [n for n, p in decoder.layers[0].named_parameters() if p.dim() > 1 and id(p) not in covered]
+    if rest:
+        raise ValueError(
+            f"LaCo: {name} keeps weights outside its linear projections ({', '.join(rest)}), such as experts; merging "
+            "is defined for dense layers: take another method for this family"
+        )
+
+
+def projections(decoder, i):
+    """Return [(name, parameter)] of the linear modules in layer i's attention and MLP."""
+    from transformers.pytorch_utils import Conv1D
+
+    layer, found = decoder.layers[i], []
+    for name in (name for kind in KINDS for name in getattr(decoder.family, kind)):
+        for inner, module in getattr(layer, name, nn.Module()).named_modules(prefix=name):
+            if isinstance(module, (nn.Linear, Conv1D)):
+                found += [(f"{inner}.{n}", p) for n, p in module.named_parameters(recurse=False)]
+    return found
+
+
+def write(decoder, collapsed, folder, tokenizer=None, record=None):
+    """Change the model into the collapsed one and write it, a stock checkpoint and laco.json, to `folder`.
+
+    The decoder is used up. What `folder` held is replaced. record: what else laco.json is to say.
+    Everything is written beside `folder` and renamed after a reload has given the collapsed model's
+    own logits; raises ValueError and leaves nothing where it does not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, L = decoder.model, decoder.n_layers
+    ids = torch.arange(16, device=decoder.input_device).unsqueeze(0) % model.config.vocab_size
+    expected = decoder.head(_last_states(decoder, ids, collapsed.layers)[0]).float().cpu()
+    dense = sum(p.numel() for p in model.parameters())
+    for layer, tensors in [(layer, _weights(decoder, layer)) for layer in collapsed.layers]:
+        for (_, p), tensor in zip(projections(decoder, layer.base), tensors, strict=True):
+            p.data = tensor
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if child is decoder.layers:
+                setattr(module, name, nn.ModuleList([decoder.layers[layer.base] for layer in collapsed.layers]))
+    config = model.config
+    for field in PER_LAYER:
+        if len(getattr(config, field, None) or ()) == L:
+            setattr(config, field, [getattr(config, field)[layer.base] for layer in collapsed.layers])
+    config.num_hidden_layers = len(collapsed.layers)
+    if hasattr(config, "quantization_config"):  # of a .gguf file; the weights are dense now
+        del config.quantization_config
+        model.hf_quantizer = None
+    parameters = sum(p.numel() for p in model.parameters())
+    folder = Path(folder).expanduser().absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        write_json(temporary / "laco.json", (record or {}) | {
+            "dense_parameters": dense, "parameters": parameters, "removed_percent": 100 * (1 - parameters / dense),
+            "dense_layers": L, "layers": [[layer.base, list(map(list, layer.weights))] for layer in collapsed.layers],
+            "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
+            "threshold": collapsed.threshold,
+        })  # fmt: skip
+        again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype).to(decoder.input_device).eval()
+        with torch.inference_mode():
+            found = again(input_ids=ids, use_cache=False).logits[0].float().cpu()
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+            raise ValueError(
+                f"LaCo: {type(model).__name__} with {len(collapsed.layers)} layers does not compute what its merged "
+                "layers compute (a layer that depends on its number); take another method for this family"
+            )
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _similarity(decoder, windows, batch_size, progress):
+    """Return the function of layers to the mean over tokens of cos(final state, dense final state); each asked once."""
+    batches, known = windows.split(batch_size), {}
+    dense = [last_states(decoder, decoder.embed(ids)).double() for ids in batches]
+
+    def similarity(layers):
+        if layers not in known:
+            total = 0.0
+            for ids, before in zip(batches, dense, strict=True):
+                after = _last_states(decoder, ids, layers).double()
+                total += torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-30).sum().item()
+            known[layers] = total / windows.numel()
+            if progress:
+                progress()
+        return known[layers]
+
+    return similarity
+
+
+def _last_states(decoder, ids, layers):
+    stream = decoder.embed(ids)
+    h = stream.h
+    for layer in layers:
+        with _replaced(decoder, layer):
+            h = decoder.run(layer.base, KINDS, h, stream)
+    return h
+
+
+@contextlib.contextmanager
+def _replaced(decoder, layer):
+    """Within this context the layer `layer.base` has its merged weights."""
+    parameters = [p for _, p in projections(decoder, layer.base)]
+    before = [p.data for p in parameters]
+    try:
+        for p, tensor in zip(parameters, _weights(decoder, layer), strict=True):
+            p.data = tensor
+        yield
+    finally:
+        for p, tensor in zip(parameters, before, strict=True):
+            p.data = tensor
+
+
+def _weights(decoder, layer):
+    """Return the tensors of a Merged layer's projections, added up in float32 or better."""
+    if layer.weights == ((layer.base, 1),):
+        return [p.data for _, p in projections(decoder, layer.base)]
+    parts = [(factor, [p.data for _, p in projections(decoder, i)]) for i, factor in layer.weights]
+    sums = []
+    for k, like in enumerate(parts[0][1]):
+        total = sum(factor * tensors[k].to(like.device, torch.promote_types(like.dtype, torch.float32))
+                    for factor, tensors in parts)  # fmt: skip
+        sums.append(total.to(like.dtype))
+    return sums

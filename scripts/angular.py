@@ -1,0 +1,104 @@
+"""Measure how far every run of layers moves the state, as PruneMe does: a table of all of them, a file for MergeKit.
+
+The angular distance between the states entering layer i and layer i + n at the last token of each
+window, over pi, for all n and i from one forward pass a window: distances.csv (columns n, i, distance).
+With --layers-to-skip also slices.yaml, which makes MergeKit leave out the nearest n layers:
+
+    python -m scripts.angular --model-path models/Mistral-7B-Instruct-v0.2 --layers-to-skip 8 --output-dir angular
+    mergekit-yaml angular/slices.yaml models/Mistral-7B-short
+"""
+from pathlib import Path
+
+from scripts import flags
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    flags.add_model_flags(parser)
+    parser.add_argument("--output-dir", default="angular", help="folder of the table and the MergeKit file")
+    parser.add_argument("--layers-to-skip", type=flags.positive, default=None, help="layers that slices.yaml drops")
+    parser.add_argument("--cal-nsamples", type=flags.positive, default=128, help="documents to draw (not windows)")
+    flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
+    args = parser.parse_args(argv)
+    if not args.model_path:
+        parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    from lib import data
+    from lib.blocks import Decoder
+    from lib.importance import ranked
+    from lib.model import default_device, load_model, load_tokenizer
+    from lib.orders import to_json, write_file
+    from lib.similarity import similarities
+
+    args.device = args.device or default_device()
+    with parser.user_errors():  # everything that can fail fails before weights are read
+        check(args)
+        corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
+        documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
+        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+        windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
+        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        flags.check_tokens(windows, model)
+        decoder = Decoder(model)
+    L = decoder.n_layers
+    print(f"model         {args.model_path}: {L} layers, {args.device}, {args.compute_dtype}")
+    print(f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
+          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens", flush=True)  # fmt: skip
+    found = similarities(decoder, (), windows, args.ppl_eval_batch_size).angular
+    distances = {n: {i: found[i, i + n].item() for i in range(L - n + 1)} for n in range(1, L + 1)}
+    with parser.user_errors():
+        write_file(Path(args.output_dir) / "distances.csv", table(distances).encode())
+        result = {"distances": str(Path(args.output_dir) / "distances.csv"), "layers": L, "windows": len(windows)}
+        for n in sorted({1, 2, 4, 8, 16, args.layers_to_skip or 1} & set(distances)):
+            start = ranked(distances[n])[0]
+            print(f"nearest       {n:3d} layers: {start}..{start + n - 1}, distance {distances[n][start]:.4f}")
+        if n := args.layers_to_skip:
+            start, path = ranked(distances[n])[0], Path(args.output_dir) / "slices.yaml"
+            write_file(path, slices(args.model_path, L, start, n, args.compute_dtype).encode())
+            result |= {"slices": str(path), "start": start, "layers_to_skip": n, "distance": distances[n][start]}
+    print(to_json(result))
+
+
+def table(distances):
+    """Return the table {n: {i: distance}} as CSV."""
+    rows = [f"{n},{i},{d!r}" for n, row in distances.items() for i, d in row.items()]
+    return "\n".join(["n,i,distance", *rows]) + "\n"
+
+
+def slices(model_path, n_layers, start, n, dtype="bf16"):
+    """Return MergeKit's YAML that leaves layers [start, start + n) out: passthrough, one source a slice."""
+    import json
+
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+    name = json.dumps(str(Path(model_path).absolute()) if Path(model_path).exists() else str(model_path))
+    lines = ["slices:"]
+    for first, end in ((0, start), (start + n, n_layers)):
+        if first < end:
+            lines += ["  - sources:", f"      - model: {name}", f"        layer_range: [{first}, {end}]"]
+    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {names[dtype]}"]) + "\n"
+
+
+def check(args):
+    """Raise ValueError for what flags, folders and the configuration already tell."""
+    from lib.blocks import find_layers
+    from lib.data import check_dataset
+    from lib.model import check_device, skeleton
+
+    check_device(args.device)
+    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
+    flags.check_folder(args.output_dir, "--output-dir")
+    bare = skeleton(args.model_path, args.trust_remote_code)
+    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    L = len(find_layers(bare))
+    if args.layers_to_skip and args.layers_to_skip >= L:
+        raise ValueError(f"--layers-to-skip {args.layers_to_skip}: {args.model_path} has {L} layers; use 1..{L - 1}")
+    if args.layers_to_skip and str(args.model_path).endswith(".gguf"):
+        raise ValueError("--layers-to-skip: MergeKit reads no .gguf file; give the model's folder or hub id")
+
+
+if __name__ == "__main__":
+    main()

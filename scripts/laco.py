@@ -1,0 +1,137 @@
+"""Prune a model by LaCo: merge layers into one another until a threshold, or as many as wanted, and write a checkpoint.
+
+The result is an ordinary checkpoint with fewer layers, with laco.json beside the weights: which layers
+were merged, at which similarity. Any runtime loads it; eval.py measures it like any model.
+
+    python -m scripts.laco --model-path models/Llama-2-7b-hf --target-ratio 0.2 --output-dir Llama-2-7b-laco
+    python eval.py --model-path Llama-2-7b-laco
+"""
+import time
+from pathlib import Path
+
+from scripts import flags
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    flags.add_model_flags(parser)
+    parser.add_argument("--output-dir", default=None, help="folder of the checkpoint; made when missing")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--threshold", type=flags.fraction, default=None,
+                        help="least mean cosine with the dense model's final states; the paper's is 0.65 to 0.75")
+    amount.add_argument("--del-layer-num", type=flags.positive, default=None,
+                        help="layers to remove; the threshold is searched")  # fmt: skip
+    amount.add_argument("--target-ratio", type=flags.fraction, default=None,
+                        help="remove the fewest layers that reach this share of all parameters")  # fmt: skip
+    parser.add_argument("--merge-layers", type=flags.positive, default=None,
+                        help="layers merged at a time; 4, or the most of 4, 3, 2 that remove what is asked for")
+    parser.add_argument("--interval", type=flags.positive, default=2, help="layers to go down after a merge")
+    parser.add_argument("--lowest", type=flags.count, default=1, help="lowest layer to merge")
+    parser.add_argument("--highest", type=flags.positive, default=None, help="first layer not to merge, if any")
+    parser.add_argument("--variant", choices=("paper", "last"), default="paper",
+                        help="paper: sum of differences; last: the topmost projections, as the released notebook does")
+    parser.add_argument("--cal-nsamples", type=flags.positive, default=8, help="documents to draw (not windows)")
+    flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint of this script")
+    args = parser.parse_args(argv)
+    if not args.model_path:
+        parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
+    if not args.output_dir:
+        parser.error("--output-dir is missing: give a folder for the checkpoint")
+    if args.threshold is None and args.del_layer_num is None and args.target_ratio is None:
+        parser.error("how far? give --threshold, --del-layer-num or --target-ratio")
+    if args.merge_layers == 1:
+        parser.error("--merge-layers 1: merges nothing; use 2 or more")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    from lib import data
+    from lib.blocks import Decoder
+    from lib.evaluate import perplexity, window_losses
+    from lib.laco import check_mergeable, collapse, write
+    from lib.model import default_device, load_model, load_tokenizer, parameter_count
+    from lib.orders import to_json
+
+    args.device = args.device or default_device()
+    with parser.user_errors():  # everything that can fail fails before weights are read
+        remove, merge = check(args)
+        corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
+        documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
+        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+        windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
+        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        flags.check_tokens(windows, model)
+        decoder = Decoder(model)
+        check_mergeable(decoder)
+    L, total = decoder.n_layers, parameter_count(model)
+    print(f"model         {args.model_path}: {total:,} parameters, {L} layers, {args.device}, {args.compute_dtype}")
+    print(f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
+          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
+    wanted = f"threshold {args.threshold}" if remove is None else f"{remove} layers to remove"
+    print(f"laco          {args.variant}, {merge} layers at a time, {wanted}", flush=True)
+    dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
+    start, compared = time.perf_counter(), []
+    with parser.user_errors():
+        collapsed = collapse(
+            decoder, windows, merge, args.interval, args.lowest, args.highest, args.variant, args.threshold, remove,
+            args.ppl_eval_batch_size, lambda: compared.append(1),
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        for place, similarity in collapsed.merges:
+            print(f"merged        layers {place}..{place + merge - 1} of what was there, similarity {similarity:.4f}")
+        write(decoder, collapsed, args.output_dir, tokenizer, {
+            "model": args.model_path, "variant": args.variant, "merge_layers": merge, "interval": args.interval,
+            "lowest": args.lowest, "highest": args.highest or L, "dataset": args.cal_dataset, "source": corpus.source,
+            "split": corpus.split, "seed": args.seed, "documents": args.cal_nsamples, "windows": len(windows),
+            "seqlen": args.ppl_eval_seqlen, "dtype": args.compute_dtype, "device": args.device,
+            "comparisons": len(compared), "seconds": seconds, "versions": flags.versions(),
+        })  # fmt: skip
+    short = Decoder(model)
+    after = perplexity(window_losses(short, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
+    removed = 100 * (1 - parameter_count(model) / total)
+    print(f"perplexity    {dense:.4f} -> {after:.4f} on the calibration text")
+    print(f"size          {L} -> {short.n_layers} layers, removed {removed:.2f} %, {len(compared)} comparisons in "
+          f"{seconds:.1f} s -> {args.output_dir}")  # fmt: skip
+    print(to_json({
+        "checkpoint": str(args.output_dir), "layers": short.n_layers, "dense_layers": L, "removed_percent": removed,
+        "threshold": collapsed.threshold, "merges": collapsed.merges, "dense_perplexity": dense, "perplexity": after,
+        "seconds": seconds,
+    }))  # fmt: skip
+
+
+def check(args):
+    """Raise ValueError for what flags and configuration tell; return (layers to remove or None, layers a merge)."""
+    from lib.blocks import find_layers
+    from lib.candidates import candidates
+    from lib.data import check_dataset
+    from lib.laco import check_range
+    from lib.model import check_device, parameter_count, skeleton
+
+    check_device(args.device)
+    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
+    flags.check_folder(args.output_dir, "--output-dir")
+    folder = Path(args.output_dir).expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
+        if not args.overwrite:
+            raise ValueError(f"--output-dir {folder}: is not empty; pass --overwrite to replace an earlier checkpoint")
+        if not (folder / "laco.json").is_file():
+            raise ValueError(f"--output-dir {folder}: holds something else than this script's checkpoint; give another")
+    bare = skeleton(args.model_path, args.trust_remote_code)
+    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    layers = find_layers(bare)
+    highest = len(layers) if args.highest is None else args.highest
+    remove = args.del_layer_num
+    if args.target_ratio is not None:
+        plan = candidates(layers, parameter_count(bare), "layer", ratio=args.target_ratio, consecutive=True)
+        remove = plan.window
+    merge = args.merge_layers or next(C for C in (4, 3, 2) if remove is None or remove % (C - 1) == 0)
+    if args.target_ratio is not None:
+        remove += -remove % (merge - 1)
+    check_range(len(layers), merge, args.lowest, highest, remove)
+    return remove, merge
+
+
+if __name__ == "__main__":
+    main()

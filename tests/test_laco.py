@@ -1,0 +1,224 @@
+"""LaCo against a merge written here on the plain model, and its command line; PruneMe's table and MergeKit file."""
+import copy
+import csv
+import json
+import math
+
+import pytest
+import torch
+import transformers
+import yaml
+from command_line import SMALL, assert_refused, flags, tree
+from families import V, toy
+
+from lib.blocks import Decoder
+from lib.laco import VARIANTS, collapse, write
+from scripts import angular, laco
+
+WINDOWS = torch.randint(V, (2, 20), generator=torch.Generator().manual_seed(1))
+L = 8
+LINEAR = {
+    "llama": ("model", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+    "gpt-neox": ("gpt_neox", ("attention.query_key_value", "attention.dense",
+                              "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
+}  # fmt: skip
+
+
+def deep_toy(name="llama", **overrides):
+    return toy(name, num_hidden_layers=L, **overrides)
+
+
+def merge_by_hand(model, name, place, C, variant):
+    """Merge as paper or notebook write it down, in place, and delete the layers above."""
+    stack, names = model.get_submodule(LINEAR[name][0]).layers, LINEAR[name][1]
+    for module in names:
+        for kind, base in stack[place].get_submodule(module).named_parameters():
+            before = base.data.clone()
+            for k in range(1, C):
+                other = stack[place + k].get_submodule(module).get_parameter(kind).data
+                base.data += other - (before if variant == "paper" else base.data)
+    del stack[place + 1 : place + C]
+
+
+def final_states(model, name):
+    caught = []
+    hook = model.get_submodule(LINEAR[name][0]).layers[-1].register_forward_hook(
+        lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        model(input_ids=WINDOWS, use_cache=False)
+    hook.remove()
+    return caught[0].double()
+
+
+def laco_by_hand(model, name, threshold, C, interval, low, high, variant):
+    dense, place, merges = final_states(model, name), high - C, []
+    while place >= low:
+        candidate = copy.deepcopy(model)
+        merge_by_hand(candidate, name, place, C, variant)
+        similarity = torch.cosine_similarity(dense, final_states(candidate, name), dim=-1).mean().item()
+        if similarity > threshold:
+            model = candidate
+            merges.append((place, similarity))
+            place = min(place - interval, len(model.get_submodule(LINEAR[name][0]).layers) - C)
+        else:
+            place -= 1
+    return model, merges
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name, threshold, C, interval, low, high", (
+    ("llama", 0.3, 3, 2, 1, L), ("llama", 0.3, 4, 1, 0, L - 1), ("llama", -1.0, 2, 2, 1, L),
+    ("gpt-neox", 0.5, 3, 2, 1, L),
+))  # fmt: skip
+def test_layers_merge_as_the_paper_and_its_notebook_say(name, threshold, C, interval, low, high, variant, tmp_path):
+    expected, merges = laco_by_hand(deep_toy(name), name, threshold, C, interval, low, high, variant)
+    model = deep_toy(name)
+    decoder = Decoder(model)
+    before = copy.deepcopy(model.state_dict())
+    found = collapse(decoder, WINDOWS, C, interval, low, high, variant, threshold=threshold, batch_size=1)
+    assert [place for place, _ in found.merges] == [place for place, _ in merges] != []
+    assert [s for _, s in found.merges] == pytest.approx([s for _, s in merges], rel=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "not changed yet"
+    write(decoder, found, tmp_path / "short")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "short")
+    assert again.config.num_hidden_layers == len(found.layers) == L - len(merges) * (C - 1)
+    with torch.no_grad():
+        logits = (m(input_ids=WINDOWS, use_cache=False).logits for m in (again, expected))
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remove, merge", ((1, 2), (2, 3), (3, 2), (4, 3), (3, 4)))
+def test_the_threshold_is_found_for_a_number_of_layers(remove, merge):
+    decoder, compared = Decoder(deep_toy()), []
+    found = collapse(decoder, WINDOWS, merge, 1, remove=remove, progress=lambda: compared.append(1))
+    assert len(found.layers) == L - remove
+    straight = collapse(decoder, WINDOWS, merge, 1, threshold=found.threshold)
+    assert straight == found and all(s > found.threshold for _, s in found.merges)
+    assert len(compared) < 120, "a state is compared once, whatever the threshold"
+
+
+def test_layers_keep_what_depends_on_their_place(tmp_path):
+    """Gemma 2's layers take turns in what they see; the checkpoint's do as the layers that they come from."""
+    types = ["sliding_attention", "full_attention"] * 4
+    decoder = Decoder(toy("gemma2", num_hidden_layers=L, layer_types=types))
+    found = collapse(decoder, WINDOWS, 2, remove=3)
+    write(decoder, found, tmp_path / "short")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "short")
+    assert config.layer_types == [types[layer.base] for layer in found.layers]
+
+
+def test_families_without_a_merge_are_refused_by_name(tmp_path):
+    for name, says in (("mixtral", "MixtralDecoderLayer.*experts"), ("baichuan", "DecoderLayer is code of the")):
+        with pytest.raises(ValueError, match=says):
+            collapse(Decoder(toy(name)), WINDOWS, 2, remove=1)
+    decoder = Decoder(toy("gpt2", scale_attn_by_inverse_layer_idx=True, n_layer=L))
+    found = collapse(decoder, WINDOWS, 2, remove=3)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel.*depends on its number"):
+        write(decoder, found, tmp_path / "short")
+    assert tree(tmp_path) == {}
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(call, toy_folder, text, tmp_path):
+    def run(script, **changes):
+        given = {"model_path": toy_folder(num_hidden_layers=6), "cal_dataset": text, "output_dir": tmp_path / "out"}
+        return call(script.main, *flags(**{**SMALL, **given, **changes}))
+
+    return run
+
+
+def test_laco_writes_a_checkpoint_that_evaluates(run, evaluate, tmp_path):
+    result = run(laco, target_ratio=0.3, merge_layers=2, interval=1).result
+    record = json.loads((tmp_path / "out" / "laco.json").read_text())
+    assert record["dense_layers"] == 6 and len(record["layers"]) == result["layers"] == 3
+    assert [m["similarity"] for m in record["merges"]] == [s for _, s in result["merges"]]
+    assert result["removed_percent"] >= 30 and record["variant"] == "paper"
+    measured = evaluate(model_path=tmp_path / "out").result
+    assert measured["dense_perplexity"] == pytest.approx(result["perplexity"], rel=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"], "nothing is left beside it"
+    again = run(laco, del_layer_num=2, variant="last", overwrite=True)
+    assert again.code == 0 and again.result["layers"] == 4, again
+
+
+def test_laco_by_threshold(run):
+    assert run(laco, threshold=0.999).result["layers"] == 6
+    few = run(laco, threshold=0.01, merge_layers=2, interval=1, lowest=0, overwrite=True).result
+    assert few["layers"] < 6 and all(similarity > 0.01 for _, similarity in few["merges"])
+
+
+def test_a_gguf_file_collapses(run, evaluate, toy_folder, tmp_path):
+    pytest.importorskip("gguf")
+    from command_line import write_gguf
+
+    folder = toy_folder(vocab_size=257, num_key_value_heads=4, num_hidden_layers=6)
+    write_gguf(tmp_path / "toy.gguf", transformers.AutoModelForCausalLM.from_pretrained(folder))
+    result = run(laco, model_path=tmp_path / "toy.gguf", del_layer_num=2)
+    assert result.code == 0, result
+    measured = evaluate(model_path=tmp_path / "out").result
+    assert measured["dense_perplexity"] == pytest.approx(result.result["perplexity"], rel=1e-4)
+
+
+def test_laco_refuses_in_one_line(run, toy_folder, tmp_path):
+    def refused(*says, **changes):
+        before = tree(tmp_path)
+        assert_refused(run(laco, **changes), *says)
+        assert tree(tmp_path) == before
+
+    unreachable = run(laco, del_layer_num=4, merge_layers=2)
+    assert unreachable.code == 2 and "no threshold removes 4 layers" in unreachable.err and "removed 2:" in unreachable.err
+    refused("--threshold, --del-layer-num or --target-ratio")
+    refused("not allowed", threshold=0.5, del_layer_num=1)
+    refused("--output-dir is missing", threshold=0.5, output_dir=None)
+    refused("--target-ratio 0.99", "6 layers", target_ratio=0.99)
+    refused("merges of 4 layers", "3 at a time", "2 cannot be reached", del_layer_num=2, merge_layers=4)
+    refused("[1, 3)", threshold=0.5, highest=3)
+    refused("[0, 7)", threshold=0.5, lowest=0, highest=7)
+    refused("--merge-layers 1", threshold=0.5, merge_layers=1)
+    refused("--threshold", "between 0 and 1", threshold=2)
+    refused("MixtralDecoderLayer", "experts", "another method", threshold=0.5, merge_layers=2,
+            model_path=toy_folder("mixtral"))  # fmt: skip
+    refused("no such file or folder", threshold=0.5, model_path=tmp_path / "nowhere")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("not a model")
+    refused("--output-dir", "--overwrite", threshold=0.5)
+    refused("--output-dir", "something else", threshold=0.5, overwrite=True)
+
+
+def test_the_table_of_angles_and_the_mergekit_file(run, toy_folder, tmp_path, search):
+    result = run(angular, layers_to_skip=2, compute_dtype="fp32").result
+    with open(tmp_path / "out" / "distances.csv") as file:
+        rows = [(int(row["n"]), int(row["i"]), float(row["distance"])) for row in csv.DictReader(file)]
+    assert [(n, i) for n, i, _ in rows] == [(n, i) for n in range(1, 7) for i in range(7 - n)]
+    order = search(model_path=toy_folder(num_hidden_layers=6), metric="angular", block_type="layer", del_block_num=4)
+    meta = json.loads(open(order.result["order_file"]).read())["meta"]
+    assert {i: d for n, i, d in rows if n == 2} == pytest.approx({int(i): d for i, d in meta["window_scores"].items()})
+    start = min((d, i) for n, i, d in rows if n == 2)[1]
+    assert order.result["order"][0] == f"mha{start}" and result["start"] == start and 0 < rows[0][2] < 1
+    file = yaml.safe_load((tmp_path / "out" / "slices.yaml").read_text())
+    assert file["merge_method"] == "passthrough" and file["dtype"] == "float32"
+    assert all(len(part["sources"]) == 1 for part in file["slices"])
+    kept = [i for part in file["slices"] for i in range(*part["sources"][0]["layer_range"])]
+    assert kept == [i for i in range(6) if not start <= i < start + 2]
+    assert {part["sources"][0]["model"] for part in file["slices"]} == {str(toy_folder(num_hidden_layers=6))}
+
+
+def test_mergekit_slices_have_no_empty_part():
+    for start, ranges in ((0, [[2, 6]]), (4, [[0, 4]]), (1, [[0, 1], [3, 6]])):
+        file = yaml.safe_load(angular.slices("owner/a: b", 6, start, 2))
+        assert [part["sources"][0]["layer_range"] for part in file["slices"]] == ranges
+        assert file["slices"][0]["sources"][0]["model"] == "owner/a: b"
+
+
+def test_angular_refuses_in_one_line(run, tmp_path, text):
+    assert_refused(run(angular, layers_to_skip=6), "--layers-to-skip 6", "6 layers", "1..5")
+    assert_refused(run(angular, output_dir=text), str(text), "not a folder")
+    assert_refused(run(angular, model_path=""), "--model-path is missing")
+    assert tree(tmp_path) == {}
+    assert math.isfinite(run(angular).result["layers"])
