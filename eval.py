@@ -41,6 +41,7 @@ def main(argv=None):
     from lib import data, orders, tasks
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
+    from lib.measure import weight_bytes
     from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
 
     args.device = args.device or default_device()
@@ -74,13 +75,14 @@ def main(argv=None):
           f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
     if label:
         print(label)
-    dense_parameters, dense_bytes, dense = parameter_count(model), _bytes(model), measure()
+    dense_parameters, dense_bytes, dense = parameter_count(model), weight_bytes(model), measure()
     decoder.remove(order)
     parameters = parameter_count(model)
     ratio = 100 * (1 - parameters / dense_parameters)
     print(f"removed       {len(order)} blocks: {' '.join(map(str, order)) or 'none'}")
     print(f"size          {dense_parameters:,} -> {parameters:,} parameters, "
-          f"{dense_bytes / 2**20:,.1f} -> {_bytes(model) / 2**20:,.1f} MiB, pruning ratio {ratio:.2f} %")  # fmt: skip
+          f"{dense_bytes / 2**20:,.1f} -> {weight_bytes(model) / 2**20:,.1f} MiB, "
+          f"pruning ratio {ratio:.2f} %")  # fmt: skip
     pruned = measure() if order else dense
     print(f"perplexity    {dense:.4f} -> {pruned:.4f}")
     result = {
@@ -132,10 +134,7 @@ def check(args):
     unknown = set(args.limit) - {None, *args.tasks}
     if unknown:
         raise ValueError(f"--limit {unknown.pop()}=...: not among --tasks {' '.join(args.tasks)}")
-    if args.output_path:
-        if Path(args.output_path).is_dir():
-            raise ValueError(f"--output-path {args.output_path}: a folder; give a file name, e.g. result.json")
-        flags.check_folder(Path(args.output_path).parent, "--output-path")
+    flags.check_file(args.output_path, "--output-path")
     bare = skeleton(args.model_path, args.trust_remote_code)
     flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
     n_layers = len(find_layers(bare))
@@ -178,10 +177,6 @@ def print_table(result, label):
     flags.print_aligned(rows)
     if label:
         print(label)
-
-
-def _bytes(model):
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ n^2 (1 - x^2) / 2 for n blocks left and the last removal at the fraction x of th
 import math
 import statistics
 import time
-from pathlib import Path
 
 from scripts import flags
 
@@ -52,12 +51,14 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib.blocks import Decoder
+    from lib.measure import device_name, peak_memory
     from lib.model import check_device, default_device, parameter_count
     from lib.orders import to_json, write_json
 
     args.device = args.device or default_device()
     with parser.user_errors():
         check_device(args.device)
+        flags.check_file(args.output_path, "--output-path")
         model, windows = random_model(args) if args.random_config else real_model(args)
         decoder = Decoder(model)
     blocks, K = decoder.blocks(args.block_type), args.del_block_num
@@ -119,6 +120,8 @@ def engine(args, name, decoder, blocks, windows):
 
 def interleave(args, decoder, blocks, windows):
     """Run the engines removal by removal in turns; return {engine: [Step with forwards per kind]}."""
+    from lib.measure import synchronize
+
     running = {name: engine(args, name, decoder, blocks, windows) for name in args.engines}
     steps = {name: [] for name in args.engines}
     for k in range(args.del_block_num):
@@ -221,36 +224,11 @@ def real_model(args):
     return load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code), windows
 
 
-def peak_memory(run, device):
-    """Return bytes that run() adds at its peak: on CUDA the allocator's, else the resident set (Linux)."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if str(device).startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")
-    if not status.exists():
-        run()
-        return math.nan
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
-    before = _status(status, "VmRSS")
-    run()
-    return _status(status, "VmHWM") - before
-
-
-def _status(path, key):
-    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(key))
-
-
 def matrix_peak(args, n=8192):
     """Return the TFLOP/s of a large square matrix product in this dtype on this device, the best of 10."""
     import torch
 
+    from lib.measure import synchronize
     from lib.model import DTYPES
 
     a, b = (torch.randn(n, n, device=args.device, dtype=DTYPES[args.compute_dtype]) for _ in range(2))
@@ -262,24 +240,6 @@ def matrix_peak(args, n=8192):
         synchronize(args.device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best / 1e12
-
-
-def synchronize(device):
-    if str(device).startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize()
-
-
-def device_name(device):
-    import os
-    import platform
-
-    if str(device).startswith("cuda"):
-        import torch
-
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def print_table(results):

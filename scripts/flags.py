@@ -34,6 +34,10 @@ class Parser(argparse.ArgumentParser):
 
 def add_model_flags(parser):
     parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised while loading)")
+    add_compute_flags(parser)
+
+
+def add_compute_flags(parser):
     parser.add_argument("--device", help="cpu, cuda or cuda:N; cuda when there is one, else cpu", default=None)
     parser.add_argument("--compute-dtype", choices=DTYPES, default="bf16", help="dtype of weights and activations")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python that the model brings along")
@@ -100,6 +104,15 @@ def check_folder(folder, flag):
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "not a folder" if not there.is_dir() else "not writable"
         raise ValueError(f"{flag} {folder}: {there} is {what}; give a folder that can be written")
+
+
+def check_file(path, flag, suffix=".json"):
+    """Raise ValueError unless a file can be written at `path`, empty or None for no file; makes nothing."""
+    if not path:
+        return
+    if Path(path).expanduser().is_dir():
+        raise ValueError(f"{flag} {path}: a folder; give a file name, e.g. result{suffix}")
+    check_folder(Path(path).parent, flag)
 
 
 def check_seqlen(config, seqlen):

@@ -1,0 +1,332 @@
+"""Time models against each other: prefill, first token, decoding with the KV cache, and what each keeps in memory.
+
+Give checkpoints (dense, pruned and exported), or one model with an order and several numbers of removals.
+Every model continues the same prompts of random tokens. All are in memory at once and take turns repeat by
+repeat, so that a noisy machine slows all of them; one turn before is warm-up. Ratios are to the first model.
+
+    python -m scripts.bench_model models/Llama-2-7b-hf exports/Llama-2-7b-17 --trust-remote-code \\
+        --batch-sizes 1 8 --prompt-lengths 128 512 --output-path speed.json --plot speed.png
+    python -m scripts.bench_model models/Llama-2-7b-hf --del-block-num 0 5 10 \\
+        --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json
+"""
+import contextlib
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scripts import flags
+
+SEED = 42  # of the prompts' tokens
+
+
+class Subject(NamedTuple):
+    """A model to measure; with a decoder, one that runs without the blocks in `removed`."""
+
+    name: str
+    path: str
+    model: Any
+    decoder: Any = None
+    removed: tuple = ()
+
+    def alone(self):
+        """Within this context the model runs as it is to be measured."""
+        return self.decoder.masked(self.removed) if self.removed else contextlib.nullcontext()
+
+    def cache(self):
+        """Return an empty KV cache, None for the one that the model makes itself."""
+        from lib.measure import cache_without
+
+        return cache_without(self.model.config, self.removed) if self.removed else None
+
+    def generate(self, ids, new_tokens):
+        from lib.measure import generate
+
+        with self.alone():
+            return generate(self.model, ids, new_tokens, self.cache())
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder, or .gguf file")
+    flags.add_compute_flags(parser)
+    parser.add_argument("--ppl-search-file", default=None, help="order file of the one MODEL, for --del-block-num")
+    parser.add_argument("--del-block-num", type=flags.count, nargs="+", metavar="K", default=None,
+                        help="removals to compare; 0 is the dense model")  # fmt: skip
+    parser.add_argument("--batch-sizes", type=flags.positive, nargs="+", metavar="N", default=[1, 8],
+                        help="prompts at a time")  # fmt: skip
+    parser.add_argument("--prompt-lengths", type=flags.positive, nargs="+", metavar="N", default=[128, 512],
+                        help="tokens a prompt")  # fmt: skip
+    parser.add_argument("--new-tokens", type=flags.positive, default=32, help="tokens each; the first by the prefill")
+    parser.add_argument("--repeats", type=flags.positive, default=5, help="timed turns of each model")
+    parser.add_argument("--threads", type=flags.positive, default=None, help="CPU threads; torch's choice when absent")
+    parser.add_argument("--output-path", default=None, help="result file (.json) with the seconds of every turn")
+    parser.add_argument("--plot", default=None, help="picture (.png) of tokens per second")
+    args = parser.parse_args(argv)
+    if args.new_tokens < 2:
+        parser.error("--new-tokens 1: the prefill gives the first token; decoding needs 2 or more")
+    if bool(args.ppl_search_file) != (args.del_block_num is not None):
+        parser.error("give both --ppl-search-file (which blocks) and --del-block-num (how many), or neither")
+    if args.ppl_search_file and len(args.models) > 1:
+        parser.error(f"--ppl-search-file: an order belongs to one model, {len(args.models)} are given")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    import torch
+
+    from lib.measure import device_name, interleaved
+    from lib.model import default_device, dtype_note
+    from lib.orders import to_json, write_json
+
+    args.device = args.device or default_device()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with parser.user_errors(), positional():  # everything that can fail fails before weights are read
+        vocabulary, order, meta = check(args)
+        subjects = load(args, order)
+    searched = Path(str(meta.get("model", args.models[0]))).name
+    if searched != Path(args.models[0]).name:
+        print(f"warning: the order was searched on {searched}", file=sys.stderr)
+    print(f"compute       {args.device} ({device_name(args.device)}), {args.compute_dtype}, "
+          f"{torch.get_num_threads()} thread(s)")  # fmt: skip
+    if note := dtype_note(args.device, args.compute_dtype):
+        print(f"note          {note}")
+    if args.ppl_search_file:
+        print(f"model         {args.models[0]} without the first K blocks of {args.ppl_search_file}")
+    print(f"generating    {args.new_tokens} tokens greedily after random prompts, {args.repeats} times and once before")
+
+    shape = max(args.batch_sizes), max(args.prompt_lengths)
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(SEED))
+    ids = ids.to(subjects[0].model.get_input_embeddings().weight.device)
+    speeds = {subject.name: [] for subject in subjects}
+    for B in args.batch_sizes:
+        for T in args.prompt_lengths:
+            start = time.perf_counter()
+            turns = {s.name: functools.partial(s.generate, ids[:B, :T], args.new_tokens) for s in subjects}
+            for name, runs in interleaved(turns, args.repeats).items():
+                speeds[name].append(summarise(B, T, args.new_tokens, runs))
+            print(f"timed         batch {B}, prompt {T}: {time.perf_counter() - start:.1f} s", flush=True)
+    models = [{**describe(subject, ids, args.device), "speed": speeds[subject.name]} for subject in subjects]
+    print()
+    print_sizes(models, *shape)
+    print()
+    print_speeds(models)
+    summary = {
+        "device": args.device, "device_name": device_name(args.device), "threads": torch.get_num_threads(),
+        "dtype": args.compute_dtype, "order_file": args.ppl_search_file, "new_tokens": args.new_tokens,
+        "repeats": args.repeats, "warm_up": 1, "seed": SEED, "versions": flags.versions(), "models": models,
+    }  # fmt: skip
+    if args.output_path:
+        write_json(args.output_path, summary)
+    if args.plot:
+        draw(args.plot, summary)
+    print(to_json(summary))
+
+
+@contextlib.contextmanager
+def positional():
+    """Within this context a ValueError of the library speaks of MODEL, as this command line does."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model-path", "MODEL")) from error
+
+
+def check(args):
+    """Raise ValueError for what flags, files and configurations already tell.
+
+    Returns (size of the smallest vocabulary, removals of the order or None, its meta).
+    """
+    from lib.model import DTYPES, check_device, parameter_count, skeleton
+
+    check_device(args.device)
+    flags.check_file(args.output_path, "--output-path")
+    check_plot(args.plot)
+    bare = [skeleton(path, args.trust_remote_code) for path in args.models]
+    most = max(args.prompt_lengths) + args.new_tokens
+    for path, model in zip(args.models, bare, strict=True):
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if positions and most > positions:
+            raise ValueError(f"--prompt-lengths {max(args.prompt_lengths)} --new-tokens {args.new_tokens}: {path} has "
+                             f"{positions} positions; use {positions} tokens or fewer in all")  # fmt: skip
+    order, meta = check_removals(args, bare[0]) if args.ppl_search_file else (None, {})
+    need, free = sum(map(parameter_count, bare)) * DTYPES[args.compute_dtype].itemsize, free_memory(args.device)
+    if need > free:
+        raise ValueError(f"{' '.join(args.models)}: {need / 2**30:,.1f} GiB of weights in {args.compute_dtype}, but "
+                         f"{free / 2**30:,.1f} GiB are free on {args.device}; compare fewer models at a time, or in a "
+                         "smaller --compute-dtype")  # fmt: skip
+    return min(model.config.get_text_config().vocab_size for model in bare), order, meta
+
+
+def check_plot(path):
+    """Raise ValueError unless a picture can be drawn at `path`, None for no picture."""
+    import importlib.util
+
+    flags.check_file(path, "--plot", ".png")
+    if path and Path(path).suffix != ".png":
+        raise ValueError(f"--plot {path}: pictures are .png files; give a name that ends so")
+    if path and not importlib.util.find_spec("matplotlib"):
+        raise ValueError(f"--plot {path}: needs matplotlib; install it, or leave --plot out")
+
+
+def check_removals(args, bare):
+    """Return (removals, meta) of the order; raise ValueError where it, or a K, does not fit the model `bare`."""
+    from lib.blocks import find_layers
+    from lib.orders import check_order, read_order
+
+    order, meta = read_order(args.ppl_search_file)
+    K, n_layers = max(args.del_block_num), len(find_layers(bare))
+    if K > len(order):
+        raise ValueError(f"--del-block-num {K}: {args.ppl_search_file} holds {len(order)} removals; use "
+                         f"0..{len(order)}")  # fmt: skip
+    check_order(order, n_layers, args.ppl_search_file, meta)
+    if sum(block.kind == "mha" for block in order[:K]) == n_layers:
+        raise ValueError(f"--del-block-num {K}: removes all {n_layers} attentions, so there is no KV cache to decode "
+                         "with; use fewer")  # fmt: skip
+    return order, meta
+
+
+def free_memory(device):
+    """Return the bytes free where models will be: plain "cuda" spreads a large one over all visible GPUs."""
+    import torch
+
+    from lib.trajectories import free_bytes
+
+    if device == "cuda":
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    return free_bytes(device)[0]
+
+
+def load(args, order):
+    """Return the Subjects; with an order they share one model's weights."""
+    from lib.blocks import Decoder
+    from lib.model import load_model
+
+    models = [load_model(path, args.compute_dtype, args.device, args.trust_remote_code) for path in args.models]
+    if order is None:
+        return [Subject(*named) for named in zip(names(args.models), args.models, models, strict=True)]
+    decoder, counts = Decoder(models[0]), dict.fromkeys(args.del_block_num)
+    return [Subject(f"K = {K}", args.models[0], models[0], decoder, tuple(order[:K])) for K in counts]
+
+
+def names(paths):
+    """Return a name for each path: its last part, the whole where that is not unique, numbered if given twice."""
+    short = [Path(path).name for path in paths]
+    long = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    return [name if long.count(name) == 1 else f"{name} ({long[:i].count(name) + 1})" for i, name in enumerate(long)]
+
+
+def summarise(B, T, new_tokens, runs):
+    """Return what a list of Runs at one batch size and prompt length says, as a dict for the result file."""
+    from lib.measure import spread
+
+    prefill, decode = [run.prefill_seconds for run in runs], [run.decode_seconds for run in runs]
+    return {
+        "batch_size": B, "prompt_length": T, "prefill_seconds": prefill, "decode_seconds": decode,
+        "first_token_seconds": spread(prefill)._asdict(),
+        "prefill_tokens_per_second": spread([B * T / s for s in prefill])._asdict(),
+        "decode_tokens_per_second": spread([B * (new_tokens - 1) / s for s in decode])._asdict(),
+        "kv_cache_bytes": runs[0].cache_bytes,
+    }  # fmt: skip
+
+
+def describe(subject, ids, device):
+    """Return a model's sizes as a dict for the result file.
+
+    peak_bytes: the weights, and the most that the prefill of ids (B, T) and the choice of a first token add.
+    """
+    from lib.measure import count_kv, kv_per_token, peak_memory, weight_bytes
+    from lib.model import parameter_count
+
+    with subject.alone():
+        model, weights, kv = subject.model, weight_bytes(subject.model), count_kv(subject.model)
+        return {
+            "name": subject.name, "path": subject.path, "model_class": type(model).__name__,
+            "removed": [str(block) for block in subject.removed],
+            "parameters": parameter_count(model), "weight_bytes": weights,
+            "kv_bytes_per_token": kv and kv.per_token,
+            "kv_bytes_per_token_measured": kv_per_token(model, subject.cache),
+            "kv_sliding_bytes_per_token": kv and kv.sliding, "sliding_window": kv and kv.window,
+            "peak_bytes": weights + peak_memory(lambda: subject.generate(ids, 1), device),
+        }  # fmt: skip
+
+
+def print_sizes(models, B, T):
+    columns = {  # title: (key, divided by, format)
+        "parameters": ("parameters", 1, ",.0f"),
+        "weights MiB": ("weight_bytes", 2**20, ",.1f"),
+        "KV bytes/token": ("kv_bytes_per_token", 1, ",.0f"),
+        "KV measured": ("kv_bytes_per_token_measured", 1, ",.0f"),
+        f"peak MiB at {B} x {T}": ("peak_bytes", 2**20, ",.1f"),
+    }
+    rows = [["model", *(cell for title in columns for cell in (title, ""))]]
+    for model in models:
+        rows.append([model["name"]])
+        for key, unit, form in columns.values():
+            value = model[key]
+            rows[-1] += ["-" if value is None else format(value / unit, form), times(value, models[0][key])]
+    flags.print_aligned(rows)
+    for model in models:
+        if model["kv_sliding_bytes_per_token"]:
+            print(f"{model['name']}: {model['kv_sliding_bytes_per_token']:,} of its KV bytes/token stop growing at a "
+                  f"window of {model['sliding_window']:,} tokens")  # fmt: skip
+
+
+def print_speeds(models):
+    spread = "min..max", ""
+    rows = [["model", "batch", "prompt", "prefill tok/s", *spread, "first token ms", "decode tok/s", *spread]]
+    for i, first in enumerate(models[0]["speed"]):
+        for model in models:
+            speed = model["speed"][i]
+            cells = [model["name"], str(speed["batch_size"]), str(speed["prompt_length"])]
+            for key in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+                s = speed[key]
+                cells += [f"{s['median']:,.1f}", f"{s['low']:,.1f}..{s['high']:,.1f}"]
+                cells += [times(s["median"], first[key]["median"])]
+            cells.insert(6, f"{1000 * speed['first_token_seconds']['median']:,.1f}")
+            rows.append(cells)
+    flags.print_aligned(rows)
+
+
+def times(value, base):
+    return f"{value / base:.2f}x" if value is not None and base else "-"
+
+
+def draw(path, summary):
+    """Draw medians of prefill and decode tokens per second, with lowest and highest, as bars by setting and model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = summary["models"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    width = 0.8 / len(models)
+    for axes, what in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        for m, model in enumerate(models):
+            spreads = [speed[f"{what}_tokens_per_second"] for speed in model["speed"]]
+            medians = [s["median"] for s in spreads]
+            errors = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
+            at = [i + (m - (len(models) - 1) / 2) * width for i in range(len(spreads))]
+            axes.bar(at, medians, width, yerr=errors, capsize=3, label=model["name"])
+        axes.set_xticks(range(len(models[0]["speed"])),
+                        [f"{s['batch_size']} x {s['prompt_length']}" for s in models[0]["speed"]])  # fmt: skip
+        axes.set_xlabel("prompts x tokens")
+        axes.set_ylabel("tokens/s")
+        axes.set_title(f"{what}, {summary['dtype']} on {summary['device']}")
+    axes.legend()
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
