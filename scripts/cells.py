@@ -5,8 +5,10 @@ on what exactly; whatever is there is not computed again. The orders that the me
 
     row, losses, new = fill(bench, Job("sleb", 0.2, None))
 """
+import contextlib
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +25,8 @@ _ONCE = {  # method: metric, protected layers, what it is
     "last": ("last", (0, 0), "from the top down, a baseline"),
     "random": ("random", (0, 0), "a draw, a baseline; mean over --seeds"),
 }
-# name: (flags of block_search.py, what it is). What judges once removes whole layers under its own name, as
-# published, and blocks as NAME-block.
+# name: (flags of block_search.py, or of scripts.laco, what it is). What judges once removes whole layers under its
+# own name, as published, and blocks as NAME-block.
 METHODS = {
     "blockpruner": (["--metric", "ppl", "--block-type", "mix"], "the paper: greedy perplexity, all blocks"),
     "mha": (["--metric", "ppl", "--block-type", "mha"], "greedy perplexity, attention blocks only"),
@@ -38,9 +40,15 @@ METHODS = {
     "angular": (["--metric", "angular", "--block-type", "layer"], "consecutive layers, angle (Gromov et al.)"),
     "window_ppl": (["--metric", "window_ppl", "--block-type", "layer"], "consecutive layers, perplexity (Quark)"),
     "window_cos": (["--metric", "window_cos", "--block-type", "layer"], "consecutive layers, cos (LLM-Streamline)"),
+    "laco": (["--variant", "paper"], "layers merged by adding up differences (LaCo, the paper's formula)"),
+    "laco-last": (["--variant", "last"], "layers merged, the topmost stays (LaCo, as its notebook comes to)"),
 }  # fmt: skip
 SEEDED = ("random", "random-block")
+MERGED = ("laco", "laco-last")
 GREEDY = ("blockpruner", "mha", "mlp", "sleb", "kl")
+
+PROMPT, NEW, REPEATS = 512, 32, 5  # of --measure: tokens read and written, turns taken
+SPEED = f"speed {PROMPT} + {NEW} tokens"
 
 
 class Text(NamedTuple):
@@ -89,13 +97,14 @@ def fill(bench, job):
             start = time.perf_counter()
             cell |= remove(bench, job)
             cell["seconds"]["removal"] = time.perf_counter() - start
-        for key, measure in wanted.items():
-            if key not in cell["measured"]:
+        missing = [key for key in wanted if key not in cell["measured"]]
+        with weights_of(bench, cell) if missing else contextlib.nullcontext():
+            for key in missing:
                 start = time.perf_counter()
-                cell["measured"][key] = measure(removed_blocks(cell))
+                cell["measured"][key] = wanted[key](removed_blocks(cell))
                 cell["seconds"][key] = time.perf_counter() - start
-                new += 1
                 write_json(path, cell)
+                new += 1
     except Exception as error:  # whatever a cell meets, the other cells go on, and the table says what it was
         reason = " ".join(str(error).split()) or "no message"
         failed = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
@@ -134,6 +143,8 @@ def remove(bench, job):
     """Return what a cell removes: {"removed", "order_file"}."""
     if not job.ratio:
         return {"removed": [], "order_file": None}
+    if job.method in MERGED:
+        return merge(bench, job)
     import block_search
     from lib import candidates, orders
 
@@ -155,6 +166,47 @@ def remove(bench, job):
         block_search.extend(args, plan, bench.decoder, bench.calibration.windows, path, order, meta, Printer(job))
     order = order[: plan.enough(order)]
     return {"removed": [str(block) for block in order], "order_file": str(path.relative_to(bench.folder))}
+
+
+def merge(bench, job):
+    """Return what a cell of LaCo holds: {"removed", "order_file", "merged": the layers that are left}.
+
+    As many layers go as the ratio takes, in the largest merges of 4, 3 or 2 layers that reach just that.
+    """
+    from lib import candidates, laco
+    from lib.blocks import blocks_of
+
+    args, decoder = bench.args, bench.decoder
+    laco.check_mergeable(decoder)
+    n = candidates.candidates(
+        decoder.layers, bench.parameters, "layer", ratio=job.ratio, first=1, consecutive=True
+    ).window  # fmt: skip
+    for C in (C for C in (4, 3, 2) if n % (C - 1) == 0):
+        try:
+            found = laco.collapse(
+                decoder, bench.calibration.windows, C, variant=METHODS[job.method][0][1], remove=n,
+                batch_size=args.ppl_eval_batch_size,
+            )  # fmt: skip
+            break
+        except ValueError as error:  # smaller merges may reach it
+            reason = error
+    else:
+        raise reason
+    for place, similarity in found.merges:
+        Printer(job).write(f"layers {place}..{place + C - 1} of what was there merged, similarity {similarity:.4f}")
+    with laco.applied(decoder, found.layers) as gone:
+        removed = [str(block) for block in blocks_of(gone)]
+    return {"removed": removed, "order_file": None, "merged": found.layers}
+
+
+def weights_of(bench, cell):
+    """Return a context in which the model has the weights of a cell: other ones where layers are merged."""
+    if not cell.get("merged"):
+        return contextlib.nullcontext()
+    from lib import laco
+
+    layers = [laco.Merged(base, tuple(map(tuple, weights))) for base, weights in cell["merged"]]
+    return laco.applied(bench.decoder, layers)
 
 
 class Printer:
@@ -218,6 +270,8 @@ def measurements(bench, job):
     if not job.ratio or job.ratio in (args.task_ratios or args.ratios):
         for task in args.tasks:
             wanted[task_key(args, task)] = lambda removed, task=task: run_task(bench, task, removed)
+    if args.measure:
+        wanted[SPEED] = lambda removed: run_speed(bench, removed)
     return wanted
 
 
@@ -241,6 +295,26 @@ def run_task(bench, task, removed):
         return zero_shot(
             bench.decoder.model, bench.tokenizer, [task], args.batch_size, args.num_fewshot, most, args.task_data
         )[task]
+
+
+def run_speed(bench, removed):
+    """Return how many times faster than the dense model a prompt is read and continued; both take turns."""
+    from lib.measure import cache_without, generate, interleaved, spread
+
+    decoder = bench.decoder
+    most = getattr(decoder.model.config, "max_position_embeddings", None) or math.inf
+    ids = bench.calibration.windows[:1, : min(PROMPT, most - NEW)].to(decoder.input_device)
+
+    def run(blocks):
+        with decoder.masked(blocks):
+            return generate(decoder.model, ids, NEW, cache_without(decoder.model.config, blocks))
+
+    runs = interleaved({"dense": lambda: run(()), "pruned": lambda: run(removed)}, REPEATS)
+
+    def times(seconds):
+        return spread([getattr(a, seconds) / getattr(b, seconds) for a, b in zip(*runs.values(), strict=True)]).median
+
+    return {"prefill x": times("prefill_seconds"), "decode x": times("decode_seconds")}
 
 
 def losses_of(bench, cell):
@@ -267,5 +341,6 @@ def row_of(bench, job, cell, failed):
         gone = bench.decoder.block_parameters(removed_blocks(cell))
         found = {task: cell["measured"].get(task_key(args, task)) for task in args.tasks}
         row |= {"removed": cell["removed"], "parameters": parameters - gone, "removed_percent": 100 * gone / parameters,
+                "speed": cell["measured"].get(SPEED) if args.measure else None,
                 "tasks": {task: score for task, score in found.items() if score}}  # fmt: skip
     return row

@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="requests per forward in tasks")
     parser.add_argument("--limit", nargs="+", metavar="[NAME=]N", type=flags.limit, default=[],
                         help="first N windows and items only, or N of one text or task; labelled")  # fmt: skip
-    parser.add_argument("--measure", action="store_true", help="also tokens per second, against the dense model's")
+    parser.add_argument("--measure", action="store_true", help="also how many times faster than the dense model")
     parser.add_argument("--output-dir", default="results/compare", help="folder of everything; made when missing")
     args = parser.parse_args(argv)
     args.limit = dict(args.limit)

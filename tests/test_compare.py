@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from command_line import SMALL, assert_refused, flags, start, tree
 
-from lib.orders import parse_block, read_order
+from lib.orders import KINDS, parse_block, read_order
 from scripts import compare
 from scripts.cells import GREEDY, METHODS
 
@@ -120,7 +120,7 @@ def test_every_method_removes_the_fewest_units_that_reach_each_ratio(everything,
         if row["method"] == "dense":
             assert order == []
             continue
-        size = 2 if "layer" in METHODS[row["method"]][0] else 1
+        size = 1 if "mix" in METHODS[row["method"]][0] or row["method"] in KINDS else 2
         fewest = next(k for k in range(0, len(BLOCKS) + 1, size)
                       if sum(sizes[name[:3]] for name in order[:k]) >= row["ratio"] / 100 * total)  # fmt: skip
         assert len(order) == fewest
@@ -135,15 +135,24 @@ def test_numbers_are_those_of_the_single_commands(everything, model, call, evalu
     import block_search
 
     _, summary, out = everything
+    mine = by_method(summary, 19)
     for method in ("blockpruner", "sleb", "bi", "window_ppl", "random-block"):
-        row = by_method(summary, 19)[method]
+        row = mine[method]
         path = out / row["order_file"]
         assert [str(block) for block in read_order(path)[0]][: len(row["removed"])] == row["removed"]
         result = evaluate(model_path=model, cal_dataset=texts[1], cal_nsamples=None, ppl_search_file=path,
                           del_block_num=len(row["removed"])).result  # fmt: skip
         assert result["perplexity"] == row["perplexity"]["other"]["value"]
         assert result["pruning_ratio_percent"] == pytest.approx(row["removed_percent"], abs=1e-9)
-    mine = by_method(summary, 19)["blockpruner"]
+    from scripts import laco
+
+    checkpoint = call(laco.main, *flags(**GIVEN, model_path=model, cal_dataset=texts[0], target_ratio=0.19,
+                                        output_dir=tmp_path / "laco")).result["checkpoint"]  # fmt: skip
+    result, row = evaluate(model_path=checkpoint, cal_dataset=texts[1], cal_nsamples=None).result, mine["laco"]
+    assert result["perplexity"] == pytest.approx(row["perplexity"]["other"]["value"], rel=1e-6)
+    assert result["parameters"] == row["parameters"] < summary["parameters"]
+    assert row["perplexity"] != mine["laco-last"]["perplexity"]
+    mine = mine["blockpruner"]
     alone = call(block_search.main, *flags(**GIVEN, model_path=model, cal_dataset=texts[0], target_ratio=0.19,
                                            ppl_search_path=tmp_path))  # fmt: skip
     assert alone.result["order"] == mine["removed"]
@@ -281,6 +290,17 @@ def test_other_settings_share_no_cell(comparison, tmp_path):
         assert run.result["measurements"] >= 4, changes
     assert len(set(tree(tmp_path / "out" / "cells"))) == 5 * len(kept)
     assert comparison("bi")[0].result["measurements"] == 0
+
+
+def test_speed_is_measured_against_the_dense_model(comparison, tmp_path):
+    run, summary = comparison("last laco", "0.5", measure=True)
+    rows = {row["method"]: row["speed"] for row in summary["rows"]}
+    assert rows.keys() == {"dense", "last", "laco"}
+    for speed in rows.values():
+        assert set(speed) == {"prefill x", "decode x"} and all(0 < times < 100 for times in speed.values())
+    assert rows["last"]["decode x"] > rows["dense"]["decode x"], "half of the layers are gone"
+    assert "| prefill x | decode x |" in (tmp_path / "out" / "table.md").read_text()
+    assert comparison("last laco", "0.5", measure=True)[0].result["measurements"] == 0
 
 
 # ---- failures ------------------------------------------------------------------------------------------------
