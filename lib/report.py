@@ -109,30 +109,36 @@ def removal_map(orders, n_layers):
 
     A block ("layer", i) takes both halves of its layer. Layer 0, the first to see the text, is on top.
     """
+    from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    figure, axes = _figure(0.9 + 0.62 * len(orders), 1.6 + 0.2 * n_layers, 1, len(orders), sharey=True, wspace=0.06)
-    for axis, (name, order) in zip(axes, orders.items(), strict=True):
+    figure, (axis,) = _figure(0.9 + 0.62 * len(orders), 1.6 + 0.2 * n_layers, 1, 1)
+    cells, colours, ticks = [], [], {}
+    for k, (name, order) in enumerate(orders.items()):
         gone = {}
         for step, block in enumerate(order, 1):
             for kind in KINDS if block.kind == "layer" else (block.kind,):
                 gone[kind, block.layer] = step
-        for x, kind in enumerate(KINDS):
+        left = 2.3 * k  # two columns and a gap
+        for x, kind in zip((left, left + 1), KINDS, strict=True):
+            ticks[x] = kind
             for i in range(n_layers):
                 step = gone.get((kind, i))
-                colour = KIND_COLOURS[kind] if step else "#eeeeee"
-                axis.add_patch(Rectangle((x - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=1))
+                cells.append(Rectangle((x - 0.5, i - 0.5), 1, 1))
+                colours.append(KIND_COLOURS[kind] if step else "#eeeeee")
                 if step:
                     axis.text(x, i, str(step), color="white", ha="center", va="center", fontsize=6.5, weight="bold")
-        axis.set_xlim(-0.5, len(KINDS) - 0.5)
-        axis.set_ylim(n_layers - 0.5, -0.5)
-        axis.set_xticks(range(len(KINDS)), KINDS)
-        axis.tick_params(length=0, labelsize=6.5)
-        axis.set_title(name, loc="left", fontsize=8, rotation=40 if len(orders) > 1 else 0)
-        for side in axis.spines.values():
-            side.set_visible(False)
-    axes[0].set_ylabel("layer")
-    axes[0].set_yticks(*_ticks(n_layers, 0))
+        turn = 40 if len(orders) > 1 else 0
+        axis.text(left - 0.4, -0.8, name, rotation=turn, rotation_mode="anchor", fontsize=8)
+    axis.add_collection(PatchCollection(cells, facecolors=colours, edgecolors="white", linewidths=1))
+    axis.set_xlim(-0.5, max(ticks) + 0.5)
+    axis.set_ylim(n_layers - 0.5, -0.5)
+    axis.set_xticks(list(ticks), ticks.values())
+    axis.set_yticks(*_ticks(n_layers, 0))
+    axis.set_ylabel("layer")
+    axis.tick_params(length=0, labelsize=6.5)
+    for side in axis.spines.values():
+        side.set_visible(False)
     return figure
 
 
@@ -333,13 +339,13 @@ def _picture(picture):
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def _figure(width, height, rows, columns, sharey=False, wspace=0.04):
+def _figure(width, height, rows, columns):
     """Return (Figure, list of its axes); made without pyplot, so no display and no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
-    figure.get_layout_engine().set(wspace=wspace)
-    return figure, list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
+    figure.get_layout_engine().set(wspace=0.04)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def _colours():

@@ -1,8 +1,8 @@
 """Measure how far every run of layers moves the state, as PruneMe does: a table of all of them, a file for MergeKit.
 
 The angular distance between the states entering layer i and layer i + n at the last token of each
-window, over pi, for all n and i from one forward pass a window: distances.csv (columns n, i, distance) and its heat map.
-With --layers-to-skip also slices.yaml, which makes MergeKit leave out the nearest n layers:
+window, over pi, for all n and i from one forward pass a window: distances.csv (columns n, i, distance)
+and its heat map. With --layers-to-skip also slices.yaml, which makes MergeKit leave out the nearest n layers:
 
     python -m scripts.angular --model-path models/Mistral-7B-Instruct-v0.2 --layers-to-skip 8 --output-dir angular
     mergekit-yaml angular/slices.yaml models/Mistral-7B-short

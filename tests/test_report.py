@@ -115,16 +115,22 @@ def test_score_map_takes_layers_and_orders_without_scores():
 
 def test_removal_map_writes_each_step_where_it_belongs():
     orders = {"greedy": GREEDY, "layers": [Block("layer", 5), Block("layer", 0)]}
-    greedy, layers = report.removal_map(orders, L).axes
-
-    def numbers(axis):
-        return {(text.get_position(), text.get_text()) for text in axis.texts}
-
-    assert numbers(greedy) == {((0, 4), "1"), ((1, 2), "2"), ((0, 1), "3")}
-    assert numbers(layers) == {((0, 5), "1"), ((1, 5), "1"), ((0, 0), "2"), ((1, 0), "2")}
-    assert (greedy.get_title(loc="left"), layers.get_title(loc="left")) == ("greedy", "layers")
-    assert len(greedy.patches) == 2 * L
-    bottom, top = greedy.get_ylim()
+    (axis,) = report.removal_map(orders, L).axes
+    columns = [label.get_text() for label in axis.get_xticklabels()]
+    assert columns == ["mha", "mlp"] * 2
+    numbers, titles = {}, []
+    for text in axis.texts:
+        x, y = text.get_position()
+        if y < 0:
+            titles.append((text.get_text(), x < axis.get_xticks()[2] - 0.6))
+        else:
+            numbers[list(axis.get_xticks()).index(x), y] = text.get_text()
+    assert titles == [("greedy", True), ("layers", False)]
+    assert numbers == {(0, 4): "1", (1, 2): "2", (0, 1): "3",
+                       (2, 5): "1", (3, 5): "1", (2, 0): "2", (3, 0): "2"}  # fmt: skip
+    colours = axis.collections[0].get_facecolors()
+    assert len(colours) == 4 * L and sum(tuple(c) != tuple(colours[0]) for c in colours) == len(numbers)
+    bottom, top = axis.get_ylim()
     assert bottom > top, "layer 0 is on top"
 
 
