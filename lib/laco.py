@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from lib.blocks import KINDS, Block
-from lib.evaluate import last_states
 from lib.importance import check_weights
+from lib.model import quiet
 from lib.orders import write_json
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a configuration with one value a layer
-HALVINGS = 40  # of the threshold's range; each costs only states not compared before
+HALVINGS = 12  # of the threshold's range, to 0.0005; each costs only states not compared before
 
 
 class Merged(NamedTuple):
@@ -49,8 +49,10 @@ def collapse(
     decoder, windows, merge=4, interval=2, lowest=1, highest=None, variant="paper", threshold=None, remove=None,
     batch_size=8, progress=None,
 ):  # fmt: skip
-    """Return the Collapsed model, for `threshold` or for the threshold that removes `remove` layers; changes no weight.
+    """Return the Collapsed model, for `threshold` or the greatest threshold that removes `remove` layers.
 
+    No weight is changed. With `remove` the descent ends once so many are gone: how many layers a
+    threshold removes jumps by several merges, since after one merge the next changes little.
     windows: token ids (N, T), a few; merge: layers merged at a time (C), so each merge removes merge - 1;
     interval: layers to go down after a merge; lowest, highest: merges lie in [lowest, highest), None is
     the top; progress() is called at each comparison. Raises ValueError for a family whose layers
@@ -65,7 +67,7 @@ def collapse(
     def descend(threshold):
         layers, merges = tuple(Merged(i, ((i, 1),)) for i in range(L)), []
         place = highest - merge
-        while place >= lowest:
+        while place >= lowest and (remove is None or L - len(layers) < remove):
             candidate = merged(layers, place, merge, variant)
             s = similarity(candidate)
             if s > threshold:
@@ -78,22 +80,19 @@ def collapse(
 
     if remove is None:
         return descend(threshold)
-    low, high, seen = -1.0, 1.0, set()
-    most = descend(low)
-    if L - len(most.layers) == remove:
-        return most
-    for _ in range(HALVINGS if L - len(most.layers) > remove else 0):
-        found = descend((low + high) / 2)
-        gone = L - len(found.layers)
-        if gone == remove:
-            return found
-        seen.add(gone)
-        low, high = (low, found.threshold) if gone < remove else (found.threshold, high)
-    reached = ", ".join(map(str, sorted({L - len(most.layers), *seen})))
-    raise ValueError(
-        f"LaCo: no threshold removes {remove} layers by merges of {merge}; thresholds removed {reached}: ask for one "
-        "of these, or change the number of layers merged at a time"
-    )
+    low, high, found = -1.0, 1.0, descend(-1.0)
+    if len(found.layers) > L - remove:
+        raise ValueError(
+            f"LaCo: merges of {merge} layers that go down by {interval} remove {L - len(found.layers)} layers at any "
+            f"threshold, {remove} are asked for; merge fewer at a time, or go down by less"
+        )
+    for _ in range(HALVINGS):
+        middle = descend((low + high) / 2)
+        if len(middle.layers) == L - remove:
+            low, found = middle.threshold, middle
+        else:
+            high = middle.threshold
+    return found
 
 
 def merged(layers, place, merge, variant="paper"):
@@ -166,7 +165,8 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
 
     model, L = decoder.model, decoder.n_layers
     ids = torch.arange(16, device=decoder.input_device).unsqueeze(0) % model.config.vocab_size
-    expected = decoder.head(_last_states(decoder, ids, collapsed.layers)[0]).float().cpu()
+    stream = decoder.embed(ids)
+    expected = decoder.head(_run(decoder, stream, collapsed.layers, stream.h)[0]).float().cpu()
     dense = sum(p.numel() for p in model.parameters())
     for layer, tensors in [(layer, _weights(decoder, layer)) for layer in collapsed.layers]:
         for (_, p), tensor in zip(projections(decoder, layer.base), tensors, strict=True):
@@ -188,7 +188,8 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(temporary)
+        with quiet():
+            model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         write_json(temporary / "laco.json", (record or {}) | {
@@ -197,7 +198,8 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
             "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
             "threshold": collapsed.threshold,
         })  # fmt: skip
-        again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype).to(decoder.input_device).eval()
+        with quiet():
+            again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype).to(decoder.input_device).eval()
         with torch.inference_mode():
             found = again(input_ids=ids, use_cache=False).logits[0].float().cpu()
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
@@ -225,15 +227,23 @@ def applied(decoder, layers):
 
 
 def _similarity(decoder, windows, batch_size, progress):
-    """Return the function of layers to the mean over tokens of cos(final state, dense final state); each asked once."""
-    batches, known = windows.split(batch_size), {}
-    dense = [last_states(decoder, decoder.embed(ids)).double() for ids in batches]
+    """Return the function of layers to the mean over tokens of cos(final state, dense final state); each asked once.
+
+    The dense states entering all layers are kept: below the lowest merge they are the collapsed model's, too.
+    """
+    streams, dense, known = [decoder.embed(ids) for ids in windows.split(batch_size)], [], {}
+    for stream in streams:
+        states = [stream.h]
+        for i in range(decoder.n_layers):
+            states.append(decoder.run(i, KINDS, states[-1], stream))
+        dense.append(states)
 
     def similarity(layers):
         if layers not in known:
+            start = next(k for k, layer in enumerate(layers) if layer.weights != ((k, 1),))
             total = 0.0
-            for ids, before in zip(batches, dense, strict=True):
-                after = _last_states(decoder, ids, layers).double()
+            for stream, states in zip(streams, dense, strict=True):
+                before, after = states[-1].double(), _run(decoder, stream, layers[start:], states[start]).double()
                 total += torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-30).sum().item()
             known[layers] = total / windows.numel()
             if progress:
@@ -243,9 +253,7 @@ def _similarity(decoder, windows, batch_size, progress):
     return similarity
 
 
-def _last_states(decoder, ids, layers):
-    stream = decoder.embed(ids)
-    h = stream.h
+def _run(decoder, stream, layers, h):
     for layer in layers:
         with _replaced(decoder, layer):
             h = decoder.run(layer.base, KINDS, h, stream)

@@ -50,7 +50,7 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
         kwargs |= {"gguf_file": gguf, **_dequantise()}
     else:
         kwargs["config"] = load_config(path, trust_remote_code)
-    with _readable(path, "weights"), _quiet():
+    with readable(path, "weights"), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(where, **kwargs)
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
@@ -76,7 +76,7 @@ def skeleton(path, trust_remote_code=False):
     from transformers import AutoModelForCausalLM
 
     config = load_config(path, trust_remote_code)
-    with _readable(path, "configuration"), _quiet(), torch.device("meta"):
+    with readable(path, "configuration"), quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
 
 
@@ -85,7 +85,7 @@ def load_config(path, trust_remote_code=False):
     from transformers import AutoConfig
 
     where, gguf = locate(path)
-    with _readable(path, "configuration"), _quiet():
+    with readable(path, "configuration"), quiet():
         kwargs = {"gguf_file": gguf} if gguf else {}
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
     if config.is_encoder_decoder:
@@ -107,7 +107,7 @@ def load_tokenizer(path, trust_remote_code=False):
     from transformers import AutoTokenizer
 
     where, gguf = locate(path)
-    with _readable(path, "tokenizer"), _quiet():
+    with readable(path, "tokenizer"), quiet():
         kwargs = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
     # The text is tokenized once and then cut; the tokenizer's own limit would only print a warning.
@@ -232,7 +232,7 @@ def hub_error():
 
 
 @contextlib.contextmanager
-def _readable(path, what):
+def readable(path, what):
     """Turn whatever transformers raises while reading `what` of `path` into one line."""
     try:
         yield
@@ -249,7 +249,7 @@ def _readable(path, what):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Silence transformers' own loading bars and reports: what matters in them is raised."""
     from transformers.utils import logging as hf_logging
 

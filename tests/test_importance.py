@@ -299,8 +299,8 @@ def test_every_engine_gives_layers_and_divergences_the_same_bits(name, objective
 
     decoder = Decoder(toy(name))
     state = WINDOWS[:3].numel() * 32 * 4
-    for units in (decoder.blocks("layer"), decoder.blocks()):
-        given = (decoder, units, WINDOWS[:3], 3)
+    for units in (decoder.blocks("layer"), decoder.blocks())[: 2 if objective == "kl" else 1]:
+        given = (decoder, units, WINDOWS[:3], 2)
         same = {"batch_size": 2, "objective": OBJECTIVES[objective]}
         expected = [(s.block, s.perplexity, s.scores) for s in exhaustive(*given, **same)]
         runs = [cached(*given, **same, cache_bytes=budget) for budget in (0, 5 * state, 10**9)]
@@ -435,7 +435,7 @@ def test_a_ratio_is_reached_with_the_fewest_removals(search, toy_folder, metric,
 
 
 def test_protected_layers_stay(search):
-    for metric, block_type in EVERY:
+    for metric, block_type in (("ppl", "mix"), ("kl", "layer"), ("last", "mix"), ("angular", "layer"), ("bi", "layer")):
         run = search(metric=metric, block_type=block_type, del_block_num=2, protect_first=1, protect_last=1)
         assert {name[3:] for name in run.result["order"]} == {"1"}, (metric, run)
 

@@ -89,9 +89,9 @@ def test_scores_keep_every_digit(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["values"] == values
 
 
-def half_written(self, text, **_):
-    with open(self, "w") as file:
-        file.write(text[: len(text) // 2])
+def half_written(self, data):
+    with open(self, "wb") as file:
+        file.write(data[: len(data) // 2])
     raise OSError("No space left on device")
 
 
@@ -99,7 +99,7 @@ def refused(*_):
     raise PermissionError("not now")
 
 
-@pytest.mark.parametrize("where, name, crash", ((os, "replace", refused), (Path, "write_text", half_written)))
+@pytest.mark.parametrize("where, name, crash", ((os, "replace", refused), (Path, "write_bytes", half_written)))
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, where, name, crash):
     path = tmp_path / "order.json"
     save_order(path, ORDER[:2], {"model": "toy"})
