@@ -166,7 +166,8 @@ def curves(panels, percent=False):
                 for point in points[:1]:
                     axis.axhline(point.value, color="#777777", linewidth=1, zorder=0)
                     axis.annotate("dense", (1, point.value), xycoords=("axes fraction", "data"), fontsize=8,
-                                  xytext=(-3, 3), textcoords="offset points", ha="right", color="#555555")  # fmt: skip
+                                  xytext=(-3, 3 if percent else -3), textcoords="offset points", ha="right",
+                                  va="bottom" if percent else "top", color="#555555")  # fmt: skip
                 continue
             k = methods.index(name)
             axis.errorbar(

@@ -188,7 +188,7 @@ def _number(value, error=None, level=False):
 
 def _text(number):
     """Return a number as tables show it; it may come from JSON as "nan" or "inf"."""
-    return f"{number:.2f}" if abs(number) < 1e5 or not math.isfinite(number) else f"{number:.2e}"
+    return f"{number:.2f}" if abs(number) < 1e4 else f"{number:.0f}" if abs(number) < 1e8 else f"{number:.2e}"
 
 
 def _mark_best(columns, signs):
