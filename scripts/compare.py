@@ -126,10 +126,14 @@ def check(args):
     for name in args.eval_datasets:
         check_dataset(name, None, args.data_dir, held_out=True)
     flags.check_folder(args.output_dir, "--output-dir")
+    texts = [text_name(dataset) for dataset in dict.fromkeys(args.eval_datasets)]
+    twice = [name for name in texts if texts.count(name) > 1]
+    if twice:
+        raise ValueError(f"--eval-datasets: two files are called {twice[0]}; the table needs another name for one")
     if args.tasks:
         tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
         evaluation.check_task_cache(args.tasks, args.task_data)
-    names = {None, *args.tasks, *map(text_name, args.eval_datasets)}
+    names = {None, *args.tasks, *texts}
     unknown = [name for name in args.limit if name not in names]
     if unknown:
         raise ValueError(f"--limit {unknown[0]}=...: neither among --tasks nor --eval-datasets")

@@ -343,9 +343,10 @@ def test_a_model_without_finite_numbers_fails_cell_by_cell(comparison, damaged, 
     assert "| last |" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_bad_flags_are_refused_before_the_model_is_loaded(call, words, tmp_path):
+def test_bad_flags_are_refused_before_the_model_is_loaded(call, words, texts, tmp_path):
     before = tree(tmp_path)
     (tmp_path / "file").write_text("")
+    shutil.copy(texts[1], tmp_path)
     out = tmp_path / "out"
     for line, says in (
         (words(out, "blockprune"), ("'blockprune'", "blockpruner")),
@@ -354,12 +355,14 @@ def test_bad_flags_are_refused_before_the_model_is_loaded(call, words, tmp_path)
         (words(out, "last", eval_datasets="nowhere.txt"), ("nowhere.txt",)),
         (words(tmp_path / "file", "last"), ("--output-dir", "not a folder")),
         (words(out, "last", limit="piqa=3"), ("--limit piqa", "--eval-datasets")),
+        (words(out, "last", eval_datasets=f"{texts[1]} {tmp_path / 'other.txt'}"), ("two files are called other",)),
         (words(out, "last", tasks="nothing", task_data=tmp_path), ("nothing",)),
         (words(out, "last", model_path=""), ("--model-path is missing",)),
         (words(out, "last", model_path=tmp_path / "none"), ("no such file or folder",)),
     ):
         assert_refused(call(compare.main, *line), *says)
     (tmp_path / "file").unlink()
+    (tmp_path / "other.txt").unlink()
     assert tree(tmp_path) == before
 
 
