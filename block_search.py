@@ -86,7 +86,7 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib import data, orders
-    from lib.blocks import Decoder, blocks_of
+    from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
     from lib.importance import check_weights
     from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
@@ -130,11 +130,8 @@ def main(argv=None):
     if order:
         print(f"resuming      {len(order)} removals are done: {' '.join(map(str, order))}")
 
-    def measure(masked=()):
-        return perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size, masked), args.ppl_eval_seqlen)
-
     start = time.perf_counter()
-    dense = measure()
+    dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     seconds = time.perf_counter() - start
     print(f"dense         perplexity {dense:.4f}, one evaluation takes {seconds:.2f} s")
     if args.dry_run:
@@ -152,39 +149,71 @@ def main(argv=None):
         print(f"warning: the dense model's perplexity is {dense}; try --compute-dtype fp32", file=sys.stderr)
     meta["dense_perplexity"] = dense
 
-    total = parameter_count(model)
+    before = len(order)
     with progress(evaluations * len(windows)) as bar:
         try:
-            for unit, step in removals(args, plan, decoder, windows, order, meta, bar):
-                for block in blocks_of([unit]):  # a layer is two removals; what is known stands on the second
-                    order.append(block)
-                    ratio = 100 * decoder.block_parameters(order) / total
-                    rest = {"removed_percent": ratio, "block": block}
-                    meta["steps"].append({"perplexity": None, "scores": {}, "seconds": 0.0} | rest)
-                meta["steps"][-1] = step | rest
-                if args.metric in GREEDY:
-                    orders.save_order(path, order, meta)
-                score = f"{args.metric:10s} {step.get('score', step['perplexity']):12.6g}"
-                if args.metric == "ppl":
-                    score = f"perplexity {step['perplexity']:12.4f}"
-                bar.write(f"{len(order):4d}/{plan.most}  {unit!s:7s} {score}"
-                          f"  removed {ratio:6.2f} %  {step['seconds']:7.1f} s")  # fmt: skip
-                bad = [str(b) for b, s in step["scores"].items() if not math.isfinite(s)]
-                if bad:
-                    bar.write(f"warning: {args.metric} not finite without {', '.join(bad)}: never removed in this step")
-                if plan.enough(order):
-                    break
+            extend(args, plan, decoder, windows, path, order, meta, bar)
         except NoFiniteCandidate as error:
-            meta["failed"] = {"error": str(error), "candidates": error.scores}
-            orders.save_order(path, order, meta)
             bar.close()
             sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
                      f"are in {path}; try --compute-dtype fp32")  # fmt: skip
-    if order and meta["steps"][-1]["perplexity"] is None:
-        meta["steps"][-1]["perplexity"] = measure(order)
-        orders.save_order(path, order, meta)
+    if len(order) > before and args.metric != "ppl":
         print(f"perplexity    {dense:.4f} -> {meta['steps'][-1]['perplexity']:.4f} on the calibration text")
+    draw(path, order, meta)
     print_summary(path, order, meta)
+
+
+def extend(args, plan, decoder, windows, path, order, meta, bar):
+    """Add removals to `order` and `meta`, and to the file at `path`, until the plan has enough.
+
+    Raises NoFiniteCandidate, also kept in the file, where no candidate is left that can go.
+    """
+    from lib import orders
+    from lib.blocks import blocks_of
+    from lib.evaluate import perplexity, window_losses
+    from lib.model import parameter_count
+    from lib.search import NoFiniteCandidate
+
+    total = parameter_count(decoder.model)
+    try:
+        for unit, step in removals(args, plan, decoder, windows, order, meta, bar):
+            for block in blocks_of([unit]):  # a layer is two removals; what is known stands on the second
+                order.append(block)
+                ratio = 100 * decoder.block_parameters(order) / total
+                rest = {"removed_percent": ratio, "block": block}
+                meta["steps"].append({"perplexity": None, "scores": {}, "seconds": 0.0} | rest)
+            meta["steps"][-1] = step | rest
+            if args.metric in GREEDY:
+                orders.save_order(path, order, meta)
+            score = f"{args.metric:10s} {step.get('score', step['perplexity']):12.6g}"
+            if args.metric == "ppl":
+                score = f"perplexity {step['perplexity']:12.4f}"
+            bar.write(f"{len(order):4d}/{plan.most}  {unit!s:7s} {score}"
+                      f"  removed {ratio:6.2f} %  {step['seconds']:7.1f} s")  # fmt: skip
+            bad = [str(b) for b, s in step["scores"].items() if not math.isfinite(s)]
+            if bad:
+                bar.write(f"warning: {args.metric} not finite without {', '.join(bad)}: never removed in this step")
+            if plan.enough(order):
+                break
+    except NoFiniteCandidate as error:
+        meta["failed"] = {"error": str(error), "candidates": error.scores}
+        orders.save_order(path, order, meta)
+        raise
+    if order and meta["steps"][-1]["perplexity"] is None:
+        losses = window_losses(decoder, windows, args.ppl_eval_batch_size, order)
+        meta["steps"][-1]["perplexity"] = perplexity(losses, args.ppl_eval_seqlen)
+        orders.save_order(path, order, meta)
+
+
+def draw(path, order, meta):
+    """Draw the candidates' scores and what went, beside the order; without matplotlib, say so."""
+    from lib.report import draw_order
+
+    try:
+        for picture in draw_order(path, order, meta):
+            print(f"picture       {picture}")
+    except ImportError:
+        print(f"note          no pictures: pip install matplotlib, then python -m scripts.report {path}")
 
 
 def removals(args, plan, decoder, windows, order, meta, bar):

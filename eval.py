@@ -23,7 +23,7 @@ def parse_args(argv=None):
     parser.add_argument("--task-data", default=None, help="folder with the five tasks' .jsonl files; else the hub")
     parser.add_argument("--num-fewshot", type=flags.count, default=0, help="examples in each task's prompt")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="requests per forward in tasks")
-    parser.add_argument("--limit", nargs="+", metavar="[TASK=]N", type=limit, default=[],
+    parser.add_argument("--limit", nargs="+", metavar="[TASK=]N", type=flags.limit, default=[],
                         help="first N windows and items only, or N items of TASK; not a result")  # fmt: skip
     parser.add_argument("--output-path", help="result file (.json), written after every step", default=None)
     parser.add_argument("--export-path", help="folder for the pruned checkpoint, in --compute-dtype", default=None)
@@ -32,12 +32,6 @@ def parse_args(argv=None):
     if not args.model_path:
         parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
     return parser, args
-
-
-def limit(text):
-    """argparse type: "200" -> (None, 200), "hellaswag=2000" -> ("hellaswag", 2000)."""
-    task, _, number = text.rpartition("=")
-    return task or None, flags.positive(number)
 
 
 def main(argv=None):

@@ -22,20 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-KINDS = ("mha", "mlp")
+from lib.orders import KINDS, Block
+
 UNITS = (*KINDS, "layer")  # what can be masked and removed as one
 HEAD_TOKENS = 512  # tokens per head call: full logits of a batch never exist at once
 CACHED_LOGITS = 2**18  # logits that the losses are taken from at once on a CPU: 1 MiB, half of a core's cache
-
-
-class Block(NamedTuple):
-    """A residual block: `kind` is "mha" or "mlp", or "layer" for both of a layer; `layer` counts from 0."""
-
-    kind: str
-    layer: int
-
-    def __str__(self):
-        return f"{self.kind}{self.layer}"
 
 
 def blocks_of(units):

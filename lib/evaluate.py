@@ -81,3 +81,14 @@ def dense_logits(decoder, batches):
 
 
 OBJECTIVES = {"ppl": next_token, "kl": dense_logits}
+
+
+def paired_difference(losses, base, seqlen):
+    """Return (mean, its standard error) over windows of the difference in mean token loss, in nats.
+
+    losses, base: the windows' loss sums (N,) of two models on the same windows, in the same order. exp(mean) is the
+    ratio of the perplexities. The error is None for a single window.
+    """
+    differences = (losses - base) / (seqlen - 1)
+    N = len(differences)
+    return differences.mean().item(), differences.std().item() / math.sqrt(N) if N > 1 else None

@@ -214,6 +214,18 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def applied(decoder, layers):
+    """Within this context the decoder has the weights of the collapsed model; yields the layers that are then to be
+    masked, those merged into others. layers: of a Collapsed. Nothing is copied but the merged weights.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_replaced(decoder, layer))
+        kept = {layer.base for layer in layers}
+        yield [Block("layer", i) for i in range(decoder.n_layers) if i not in kept]
+
+
 def _similarity(decoder, windows, batch_size, progress):
     """Return the function of layers to the mean over tokens of cos(final state, dense final state); each asked once.
 

@@ -2,15 +2,36 @@
 
 {"1": [["mha", 25]], "2": [["mha", 25], ["mha", 27]], ..., "meta": {...}}: entry k is the SET of the
 first k removals sorted by layer, as the paper's scripts write it; the order is the difference between
-consecutive entries. Everything else that this project knows lives under "meta".
+consecutive entries. Everything else that this project knows lives under "meta". No torch in this file: results are
+read, and drawn, where it is not installed.
 """
 import json
 import math
 import os
+import re
 from pathlib import Path
 from reprlib import repr as brief
+from typing import NamedTuple
 
-from lib.blocks import KINDS, Block
+KINDS = ("mha", "mlp")
+
+
+class Block(NamedTuple):
+    """A residual block: `kind` is "mha" or "mlp", or "layer" for both of a layer; `layer` counts from 0."""
+
+    kind: str
+    layer: int
+
+    def __str__(self):
+        return f"{self.kind}{self.layer}"
+
+
+def parse_block(name):
+    """Return the Block that prints as `name`, such as "mha25"."""
+    match = re.fullmatch("([a-z]+)([0-9]+)", name)
+    if not match:
+        raise ValueError(f"{brief(name)} is not the name of a block, such as mha25")
+    return Block(match[1], int(match[2]))
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):

@@ -1,8 +1,8 @@
 """Measure how far every run of layers moves the state, as PruneMe does: a table of all of them, a file for MergeKit.
 
 The angular distance between the states entering layer i and layer i + n at the last token of each
-window, over pi, for all n and i from one forward pass a window: distances.csv (columns n, i, distance).
-With --layers-to-skip also slices.yaml, which makes MergeKit leave out the nearest n layers:
+window, over pi, for all n and i from one forward pass a window: distances.csv (columns n, i, distance)
+and its heat map. With --layers-to-skip also slices.yaml, which makes MergeKit leave out the nearest n layers:
 
     python -m scripts.angular --model-path models/Mistral-7B-Instruct-v0.2 --layers-to-skip 8 --output-dir angular
     mergekit-yaml angular/slices.yaml models/Mistral-7B-short
@@ -52,6 +52,7 @@ def main(argv=None):
     distances = {n: {i: found[i, i + n].item() for i in range(L - n + 1)} for n in range(1, L + 1)}
     with parser.user_errors():
         write_file(Path(args.output_dir) / "distances.csv", table(distances).encode())
+        draw(Path(args.output_dir) / "distances.png", distances)
         result = {"distances": str(Path(args.output_dir) / "distances.csv"), "layers": L, "windows": len(windows)}
         for n in sorted({1, 2, 4, 8, 16, args.layers_to_skip or 1} & set(distances)):
             start = ranked(distances[n])[0]
@@ -61,6 +62,17 @@ def main(argv=None):
             write_file(path, slices(args.model_path, L, start, n, args.compute_dtype).encode())
             result |= {"slices": str(path), "start": start, "layers_to_skip": n, "distance": distances[n][start]}
     print(to_json(result))
+
+
+def draw(path, distances):
+    """Draw the table as a heat map; without matplotlib, say so."""
+    from lib import report
+
+    rows = [(n, i, d) for n, row in distances.items() for i, d in row.items()]
+    try:
+        report.save(report.draw(report.distance_map(rows)), path)
+    except ImportError:
+        print("note          no picture: pip install matplotlib, then python -m scripts.report on distances.csv")
 
 
 def table(distances):

@@ -88,6 +88,12 @@ def size(text):
     return value
 
 
+def limit(text):
+    """argparse type: "200" -> (None, 200), "hellaswag=2000" -> ("hellaswag", 2000)."""
+    name, _, number = text.rpartition("=")
+    return name or None, positive(number)
+
+
 def fraction(text):
     """argparse type: a number from 0 to 1."""
     try:

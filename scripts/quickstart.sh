@@ -29,7 +29,10 @@ echo
     --ppl-search-file "$results/${name}_del_order_list.json" \
     --cal-dataset pydoc --cal-nsamples 15 --ppl-eval-seqlen "$seqlen" --compute-dtype "$dtype" \
     --output-path "$results/${name}_del_$blocks.json"
+"$python" -m scripts.report "$results/${name}_del_order_list.json" "$results/${name}_del_$blocks.json" \
+    --output-dir "$results/report"
 echo
 echo "model   $model"
 echo "order   $results/${name}_del_order_list.json"
 echo "result  $results/${name}_del_$blocks.json"
+echo "page    $results/report/index.html"

@@ -31,7 +31,8 @@ PUBLISHED = {
 def test_search_writes_an_order_that_the_papers_scripts_can_read(searched):
     run, folder, path = searched
     assert run.code == 0, run.err
-    assert [p.name for p in folder.iterdir()] == [path.name], "the order file and nothing beside it"
+    pictures = {path.name.replace("_del_order_list.json", f"_{name}.png") for name in ("scores", "removed")}
+    assert {p.name for p in folder.iterdir()} == {path.name} | pictures, "the order, its pictures and nothing beside"
     with open(path) as f:
         entries = json.load(f)
     assert sorted(entries) == ["1", "2", "3", "meta"]

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import matplotlib.image
 import pytest
 import torch
 import transformers
@@ -12,7 +13,7 @@ from command_line import SMALL, assert_refused, flags, tree
 from families import V, toy
 
 from lib.blocks import Decoder
-from lib.laco import VARIANTS, collapse, write
+from lib.laco import VARIANTS, applied, collapse, write
 from scripts import angular, laco
 
 WINDOWS = torch.randint(V, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -198,6 +199,8 @@ def test_the_table_of_angles_and_the_mergekit_file(run, toy_folder, tmp_path, se
     with open(tmp_path / "out" / "distances.csv") as file:
         rows = [(int(row["n"]), int(row["i"]), float(row["distance"])) for row in csv.DictReader(file)]
     assert [(n, i) for n, i, _ in rows] == [(n, i) for n in range(1, 7) for i in range(7 - n)]
+    shown = matplotlib.image.imread(tmp_path / "out" / "distances.png")
+    assert min(shown.shape[:2]) > 150 and len({tuple(pixel) for pixel in shown.reshape(-1, shown.shape[-1])}) > 20
     order = search(model_path=toy_folder(num_hidden_layers=6), metric="angular", block_type="layer", del_block_num=4)
     meta = json.loads(open(order.result["order_file"]).read())["meta"]
     assert {i: d for n, i, d in rows if n == 2} == pytest.approx({int(i): d for i, d in meta["window_scores"].items()})
@@ -224,3 +227,26 @@ def test_angular_refuses_in_one_line(run, tmp_path, text):
     assert_refused(run(angular, model_path=""), "--model-path is missing")
     assert tree(tmp_path) == {}
     assert math.isfinite(run(angular).result["layers"])
+
+
+@pytest.mark.parametrize("name", ("llama", "gpt-neox"))
+def test_a_collapsed_model_can_be_run_in_place_and_leaves_no_trace(name, tmp_path):
+    from lib.evaluate import window_losses
+
+    decoder = Decoder(deep_toy(name))
+    before = {key: value.clone() for key, value in decoder.model.state_dict().items()}
+    dense = window_losses(decoder, WINDOWS, 2)
+    collapsed = collapse(decoder, WINDOWS, merge=3, remove=4)
+    with pytest.raises(KeyboardInterrupt), applied(decoder, collapsed.layers) as gone:
+        in_place = window_losses(decoder, WINDOWS, 2, gone)
+        raise KeyboardInterrupt
+    assert len(gone) == 4 and {block.kind for block in gone} == {"layer"}
+    assert all(torch.equal(value, before[key]) for key, value in decoder.model.state_dict().items())
+    assert torch.equal(window_losses(decoder, WINDOWS, 2), dense)
+    write(decoder, collapsed, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits = again(WINDOWS).logits[:, :-1].double()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), WINDOWS[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(losses.view(2, -1).sum(1), in_place, rtol=1e-5)
+    assert not torch.allclose(in_place, dense, rtol=1e-3)

@@ -422,6 +422,7 @@ def test_a_search_on_local_text_needs_no_optional_package(bare, toy_folder, text
     run = shell("block_search.py", *words, **bare)
     assert run.code == 0, run
     assert scores(tmp_path / searched[2].name) == scores(searched[2])
+    assert run.out.count("no pictures: pip install matplotlib") == 1 and not list(tmp_path.glob("*.png"))
 
 
 def test_a_gguf_file_without_the_gguf_package_is_refused(bare, toy_folder, text, tmp_path):

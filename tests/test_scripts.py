@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 import block_search
 import eval as evaluation
 from lib.orders import order_path
+from scripts import compare
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 ROWS = {  # script: hub id, published pruning ratio in percent, configuration (Baichuan2's tensors have Llama's shapes)
@@ -49,7 +50,7 @@ def checkout(tmp_path, monkeypatch):
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
-    for name in ("PYTHON", "MODEL_PATH", "SEARCH_FLAGS", "EVAL_FLAGS", "FAIL"):
+    for name in ("PYTHON", "MODELS", "FLAGS", "MODEL_PATH", "SEARCH_FLAGS", "EVAL_FLAGS", "FAIL"):
         monkeypatch.delenv(name, raising=False)
 
     def run(script, *args, **environment):
@@ -130,6 +131,52 @@ def test_paper_stops_where_the_search_fails(checkout):
     assert (code, error.count("\n"), commands) == (2, 1, [])
 
 
+LAYERS_REMOVED = {  # published for LaCo, RM and ShortGPT: how many layers, percent of the parameters
+    "llama2_7b": (7, 21.02), "llama2_13b": (10, 24.37), "qwen1.5_7b": (8, 20.97), "qwen1.5_14b": (10, 22.25),
+    "baichuan2_7b": (8, 21.57), "baichuan2_13b": (10, 22.68),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_paper_table_runs_the_papers_settings_at_the_published_ratios(checkout, row):
+    root, run = checkout
+    code, _, (command,) = run("paper_table.sh", row)
+    assert (code, command[:2]) == (0, ["-m", "scripts.compare"])
+    _, args = compare.parse_args(command[2:])
+    hub, published, config, hidden, intermediate, L, vocab = ROWS[row]
+    assert (args.model_path, args.compute_dtype, args.device) == (hub, "bf16", None)
+    assert (args.cal_dataset, args.cal_nsamples, args.cal_split, args.seed) == ("alpaca", 256, None, 42)
+    assert (args.ppl_eval_seqlen, args.eval_datasets, args.eval_nsamples) == (2048, ["wikitext2", "alpaca"], None)
+    assert args.tasks == ["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"]
+    assert (args.num_fewshot, args.limit, args.task_ratios, args.seeds) == (0, {}, None, [0, 1, 2])
+    assert {"blockpruner", "laco", "rm", "bi", "sleb", "last", "random"} <= set(args.methods)
+    assert args.trust_remote_code == hub.startswith("baichuan")
+    assert args.output_dir == f"{root}/results/table/{row}"
+    mha, mlp, total = sizes(config(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=L, vocab_size=vocab,
+        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
+    ))  # fmt: skip
+    layers, percent = LAYERS_REMOVED[row]
+    first, last = args.ratios[0] * total, args.ratios[-1] * total
+    assert (layers - 1) * (mha + mlp) < first <= layers * (mha + mlp)
+    assert f"{100 * layers * (mha + mlp) / total:.2f}" == f"{percent:.2f}"
+    a, m = claim(row)[1:3]
+    assert (a - 1) * mha + m * mlp < last <= a * mha + m * mlp
+
+
+def test_paper_table_takes_local_models_and_flags_and_runs_all_six(checkout):
+    root, run = checkout
+    code, error, commands = run("paper_table.sh", MODELS="my models", FLAGS="--task-data t --methods last")
+    assert code == 0, error
+    parsed = [compare.parse_args(command[2:])[1] for command in commands]
+    names = sorted(hub.split("/")[1] for hub, *_ in ROWS.values())
+    assert sorted(args.model_path for args in parsed) == [f"my models/{name}" for name in names]
+    assert {(args.task_data, *args.methods) for args in parsed} == {("t", "last")}
+    code, error, commands = run("paper_table.sh", "llama2_7b", "llama3")
+    assert (code, error.count("\n"), commands) == (2, 1, []) and "llama3: no such row" in error
+    assert run("paper_table.sh", FAIL="--seeds")[0] == 3
+
+
 def claim(script):
     """Return (K, mha, mlp, ratio) as the script's comment has it; its command runs the same K."""
     text = (SCRIPTS / f"{script}.sh").read_text()
@@ -140,14 +187,20 @@ def claim(script):
 
 def combinations(published, config):
     """Return the (mha, mlp) whose removal prunes `published` percent to two decimals, norms included."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layer, total = model.model.layers[0], count(model)
-    mha = count(layer.self_attn) + count(layer.input_layernorm)
-    mlp = count(layer.mlp) + count(layer.post_attention_layernorm)
+    mha, mlp, total = sizes(config)
     L = config.num_hidden_layers
     return {(a, m) for a in range(L + 1) for m in range(L + 1)
             if f"{100 * (a * mha + m * mlp) / total:.2f}" == f"{published:.2f}"}  # fmt: skip
+
+
+def sizes(config):
+    """Return the parameters of an attention block, of an MLP block, and of the model; norms included."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layer = model.model.layers[0]
+    mha = count(layer.self_attn) + count(layer.input_layernorm)
+    mlp = count(layer.mlp) + count(layer.post_attention_layernorm)
+    return mha, mlp, count(model)
 
 
 def count(module):
@@ -206,8 +259,9 @@ def test_quick_start_evaluates_the_order_it_searched_on_other_text(checkout):
     _, run = checkout
     code, _, commands = run("quickstart.sh", "--overwrite")
     assert code == 0
-    _, s = block_search.parse_args(commands[-2][1:])
-    _, e = evaluation.parse_args(commands[-1][1:])
+    _, s = block_search.parse_args(commands[-3][1:])
+    _, e = evaluation.parse_args(commands[-2][1:])
+    assert commands[-1][:4] == ["-m", "scripts.report", e.ppl_search_file, e.output_path]
     assert s.model_path == e.model_path == ".venv/site/Small.Q4_1.gguf"
     assert s.overwrite
     assert s.del_block_num == e.del_block_num > 0

@@ -1,0 +1,409 @@
+"""Pictures of pruning orders and of results, and the self-contained page that holds them. No display, no torch.
+
+Every picture is a function from plain data to a matplotlib Figure, so that a test can ask the figure what it shows.
+Colours are safe for colour-blind readers; where lines or blocks differ, a marker or a number differs too.
+
+    figure = score_map(read_order("ppls/..._del_order_list.json")[1])
+    save(draw(figure), "scores.png")
+    write_page("index.html", "SmolLM2", [Section("Search", [draw(figure, "caption", "what it shows")])])
+"""
+import base64
+import html
+import io
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.orders import KINDS, parse_block, write_file
+
+DPI = 144
+# Okabe and Ito's colours without yellow, which vanishes on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*<>ph"
+LINES = ("-", "--", ":")
+KIND_COLOURS = {"mha": "#0072B2", "mlp": "#D55E00"}
+LOG_FROM = 3  # scores that spread by more than this factor get a logarithmic scale
+
+
+class Point(NamedTuple):
+    """A model with something removed. removed: percent of the parameters; error: a standard error, or None."""
+
+    removed: float
+    value: float
+    error: float | None = None
+
+
+class Picture(NamedTuple):
+    """A PNG of (width, height) inches, and what it shows in words: the caption, and the text for who cannot see it."""
+
+    png: bytes
+    size: tuple
+    caption: str
+    alt: str
+
+
+class Section(NamedTuple):
+    """A part of the page: a heading and its parts, which are Pictures and strings of HTML."""
+
+    title: str
+    parts: list
+
+
+# ---- what a search saw and did -------------------------------------------------------------------
+
+
+def score_map(meta):
+    """Return the heat map of every candidate's score, blocks by iterations, or None where no step has scores.
+
+    meta: an order file's, whose steps hold the `block` removed and `scores` {"mha0": number}. One panel a kind, a row
+    a layer, a column an iteration; a dot marks what an iteration removed, white is what was gone before it. Where
+    whole layers are searched the last of a layer's steps holds the scores.
+    """
+    import numpy as np
+    from matplotlib.cm import ScalarMappable
+
+    scored = [step for step in meta.get("steps", ()) if step.get("scores")]
+    steps = [{str(name): score for name, score in step["scores"].items()} for step in scored]
+    names = {name for scores in steps for name in scores}
+    if not names:
+        return None
+    kinds = [kind for kind in (*KINDS, "layer") if any(parse_block(name).kind == kind for name in names)]
+    L = meta.get("layers") or 1 + max(parse_block(name).layer for name in names)
+    values = {kind: np.full((L, len(steps)), np.nan) for kind in kinds}
+    for column, scores in enumerate(steps):
+        for kind in kinds:
+            for i in range(L):
+                values[kind][i, column] = float(scores.get(f"{kind}{i}", math.nan))
+    norm, beyond = _scale(np.concatenate([v.ravel() for v in values.values()]))
+    cell = 0.2
+    figure, axes = _figure(1.3 + len(kinds) * (0.5 + cell * max(4, len(steps))), 1.5 + cell * L, 1, len(kinds))
+    for axis, kind in zip(axes, kinds, strict=True):
+        _cells(axis, values[kind], norm)
+        broken = [(x, i) for x, scores in enumerate(steps) for i in range(L)
+                  if f"{kind}{i}" in scores and not math.isfinite(float(scores[f"{kind}{i}"]))]  # fmt: skip
+        if broken:
+            axis.plot(*zip(*broken, strict=True), "x", color="#777777", markersize=4)
+        removed = [step.get("block", (None, None)) for step in scored]
+        chosen = [(x, layer) for x, (which, layer) in enumerate(removed) if kind in (which, "layer")]
+        if chosen:
+            axis.plot(*zip(*chosen, strict=True), "o", color="white", markeredgecolor="black", markersize=6.5)
+        axis.set_title(kind)
+        axis.set_xlabel("iteration")
+        axis.set_xticks(*_ticks(len(steps), 1))
+        axis.set_yticks(*_ticks(L, 0))
+    axes[0].set_ylabel("layer")
+    bar = figure.colorbar(ScalarMappable(norm, _colours()), ax=axes, extend=beyond, fraction=0.05, pad=0.02, aspect=30)
+    _plain_numbers(bar.ax.yaxis)
+    bar.set_label(score_name(meta))
+    return figure
+
+
+def score_name(meta):
+    """Return what an order's scores are, in words."""
+    metric = meta.get("metric") or "ppl"
+    return "perplexity without the block" if metric == "ppl" else f"{metric}, lowest is removed"
+
+
+def removal_map(orders, n_layers):
+    """Return the layer stack with what each order removes, {name: list of Block}; the number is that of the step.
+
+    A block ("layer", i) takes both halves of its layer. Layer 0, the first to see the text, is on top.
+    """
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    figure, (axis,) = _figure(0.9 + 0.62 * len(orders), 1.6 + 0.2 * n_layers, 1, 1)
+    cells, colours, ticks = [], [], {}
+    for k, (name, order) in enumerate(orders.items()):
+        gone = {}
+        for step, block in enumerate(order, 1):
+            for kind in KINDS if block.kind == "layer" else (block.kind,):
+                gone[kind, block.layer] = step
+        left = 2.3 * k  # two columns and a gap
+        for x, kind in zip((left, left + 1), KINDS, strict=True):
+            ticks[x] = kind
+            for i in range(n_layers):
+                step = gone.get((kind, i))
+                cells.append(Rectangle((x - 0.5, i - 0.5), 1, 1))
+                colours.append(KIND_COLOURS[kind] if step else "#eeeeee")
+                if step:
+                    axis.text(x, i, str(step), color="white", ha="center", va="center", fontsize=6.5, weight="bold")
+        turn = 40 if len(orders) > 1 else 0
+        axis.text(left - 0.4, -0.8, name, rotation=turn, rotation_mode="anchor", fontsize=8)
+    axis.add_collection(PatchCollection(cells, facecolors=colours, edgecolors="white", linewidths=1))
+    axis.set_xlim(-0.5, max(ticks) + 0.5)
+    axis.set_ylim(n_layers - 0.5, -0.5)
+    axis.set_xticks(list(ticks), ticks.values())
+    axis.set_yticks(*_ticks(n_layers, 0))
+    axis.set_ylabel("layer")
+    axis.tick_params(length=0, labelsize=6.5)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    return figure
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def curves(panels, percent=False):
+    """Return one panel a measure, {title: {method: list of Point}}: the measure against the parameters removed.
+
+    A method keeps its colour, marker and line in all panels, and the legend follows the first panel's right ends from
+    the top; the method called "dense" is a horizontal line. percent:
+    higher is better, on a linear scale; else the scale is logarithmic where values spread.
+    """
+    panels = {
+        title: {name: sorted(p for p in points if math.isfinite(p.value)) for name, points in lines.items()}
+        for title, lines in panels.items()
+    }
+    methods = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != "dense"))
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(4.8 * columns + 2, max(4.2 * rows, 0.2 * len(methods) + 0.4), rows, columns)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for name, points in lines.items():
+            if name == "dense":
+                for point in points[:1]:
+                    axis.axhline(point.value, color="#777777", linewidth=1, zorder=0)
+                    axis.annotate("dense", (1, point.value), xycoords=("axes fraction", "data"), fontsize=8,
+                                  xytext=(-3, 3 if percent else -3), textcoords="offset points", ha="right",
+                                  va="bottom" if percent else "top", color="#555555")  # fmt: skip
+                continue
+            k = methods.index(name)
+            axis.errorbar(
+                [p.removed for p in points], [p.value for p in points], [p.error or 0 for p in points], label=name,
+                color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)],
+                linestyle=LINES[k // len(COLOURS) % len(LINES)], linewidth=1.4, markersize=5, capsize=2.5,
+            )  # fmt: skip
+        values = [p.value for points in lines.values() for p in points if p.value > 0]
+        if not percent and values and max(values) > LOG_FROM * min(values):
+            axis.set_yscale("log")
+            _plain_numbers(axis.yaxis)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("parameters removed, %")
+        axis.set_xlim(left=-0.03 * axis.get_xlim()[1])
+        axis.grid(True, color="#dddddd", linewidth=0.6, which="both")
+        axis.set_axisbelow(True)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    handles = {}
+    for axis in axes[: len(panels)]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    ends = {name: points[-1].value for lines in reversed(panels.values()) for name, points in lines.items() if points}
+    order = sorted(handles, key=ends.get, reverse=True)  # as the lines end in the first panel, from the top
+    if order:
+        figure.legend([handles[n] for n in order], order, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def distance_map(rows):
+    """Return PruneMe's heat map of (n, i, distance): how far the state moves over the n layers from i.
+
+    A row a window length, a column a first layer; a dot marks each length's nearest window.
+    """
+    import numpy as np
+    from matplotlib.cm import ScalarMappable
+
+    most, last = max(n for n, _, _ in rows), max(i for _, i, _ in rows)
+    values = np.full((most, last + 1), np.nan)
+    for n, i, distance in rows:
+        values[n - 1, i] = distance
+    norm, beyond = _scale(values.ravel(), log=False)
+    figure, (axis,) = _figure(2 + 0.24 * (last + 1), 1.3 + 0.22 * most, 1, 1)
+    _cells(axis, values, norm)
+    for n in range(most):
+        if not np.isnan(values[n]).all():
+            axis.plot(np.nanargmin(values[n]), n, "o", color="white", markeredgecolor="black", markersize=6)
+    axis.set_xlabel("first layer of the window")
+    axis.set_ylabel("layers in the window")
+    axis.set_xticks(*_ticks(last + 1, 0))
+    axis.set_yticks(*_ticks(most, 1))
+    bar = figure.colorbar(ScalarMappable(norm, _colours()), ax=axis, extend=beyond, fraction=0.05, pad=0.02)
+    bar.set_label("angular distance, in units of π")
+    return figure
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def draw(figure, caption="", alt=""):
+    """Return the Picture of a figure."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
+    return Picture(stream.getvalue(), tuple(figure.get_size_inches()), caption, alt)
+
+
+def save(picture, path):
+    """Write a Picture as a .png file, atomically."""
+    write_file(path, picture.png)
+
+
+def draw_order(path, order, meta):
+    """Write the pictures of an order file beside it, (a) scores and (c) what went; return their paths.
+
+    Raises ImportError where matplotlib is absent.
+    """
+    if not order:
+        return []
+    path = Path(path).expanduser()
+    stem = path.name.removesuffix(".json").removesuffix("_del_order_list")
+    L = meta.get("layers") or 1 + max(block.layer for block in order)
+    figures = {"scores": score_map(meta), "removed": removal_map({meta.get("block_type", "order"): order}, L)}
+    written = []
+    for name, figure in figures.items():
+        if figure is not None:
+            written.append(path.with_name(f"{stem}_{name}.png"))
+            save(draw(figure), written[-1])
+    return written
+
+
+def write_page(path, title, sections, notices=()):
+    """Write one HTML file that needs nothing else: pictures are inlined, there is no script and no request.
+
+    notices: lines that a reader must not miss, above everything.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    body += [f'<p class="notice" role="alert">{html.escape(line)}</p>' for line in notices]
+    for section in sections:
+        body.append(f"<section><h2>{html.escape(section.title)}</h2>")
+        body += [_picture(part) if isinstance(part, Picture) else part for part in section.parts]
+        body.append("</section>")
+    write_file(path, PAGE.format(title=html.escape(title), body="\n".join(body)).encode())
+
+
+def html_table(header, rows, caption="", kind="numbers"):
+    """Return a table that scrolls sideways on a narrow screen. rows: strings of HTML, each a whole <tr>."""
+    head = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in header)
+    caption = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}">{caption}<thead><tr>{head}</tr></thead>\n<tbody>'
+        + "\n".join(rows) + "</tbody></table></div>"
+    )  # fmt: skip
+
+
+def settings_table(settings, caption=""):
+    """Return a table of names and values; a value may be a dict, shown as its own names and values."""
+
+    def text(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {text(item)}" for key, item in value.items() if item is not None)
+        if isinstance(value, (list, tuple)):
+            return " ".join(map(text, value))
+        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+    rows = [
+        f'<tr><th scope="row">{html.escape(str(key))}</th><td>{html.escape(text(value))}</td></tr>'
+        for key, value in settings.items() if value not in (None, "", {}, [])
+    ]  # fmt: skip
+    return html_table(("setting", "value"), rows, caption, kind="settings")
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: auto;
+  padding: 1rem; overflow-wrap: break-word; }}
+h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.25rem; margin-top: 2.5rem; }}
+.notice {{ border-left: 6px solid #D55E00; background: #fdf0e6; padding: .6rem .9rem; font-weight: bold; }}
+.scroll {{ overflow-x: auto; margin: 1rem 0; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }}
+caption {{ text-align: left; padding-bottom: .4rem; }}
+th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
+th:first-child {{ text-align: left; }} thead th {{ border-bottom: 2px solid #555; }}
+td.text, .settings td, .settings th {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
+figure {{ margin: 1.5rem 0; }} figcaption {{ font-size: .9rem; color: #444; max-width: 50rem; }}
+figure img {{ display: block; height: auto; }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def _picture(picture):
+    width, height = (round(inches * 96) for inches in picture.size)
+    data = base64.b64encode(picture.png).decode()
+    return (
+        f'<figure><div class="scroll" tabindex="0"><img width="{width}" height="{height}" '
+        f'alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}"></div>'
+        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def _figure(width, height, rows, columns):
+    """Return (Figure, list of its axes); made without pyplot, so no display and no global state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.04)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _colours():
+    """Return the colour map: viridis is safe for colour-blind readers and prints in grey."""
+    import matplotlib
+
+    return matplotlib.colormaps["viridis"]
+
+
+def _cells(axis, values, norm):
+    import numpy as np
+
+    axis.imshow(np.ma.masked_invalid(values), norm=norm, cmap=_colours(), aspect="equal", interpolation="nearest")
+    axis.set_xticks([x - 0.5 for x in range(1, values.shape[1])], minor=True)
+    axis.set_yticks([y - 0.5 for y in range(1, values.shape[0])], minor=True)
+    axis.grid(which="minor", color="white", linewidth=0.5)
+    axis.tick_params(which="minor", length=0)
+    axis.tick_params(labelsize=7)
+
+
+def _scale(values, log=True):
+    """Return (norm, which end of the colour bar goes on): a few huge scores must not make the rest one colour.
+
+    Beyond Tukey's fence, 1.5 interquartile ranges above the upper quartile, everything has the last colour.
+    """
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return Normalize(0, 1), "neither"
+    positive = log and values.min() > 0
+    scaled = np.log(values) if positive else values
+    low, high = scaled.min(), scaled.max()
+    quarter, three_quarters = np.percentile(scaled, (25, 75))
+    fence = three_quarters + 1.5 * (three_quarters - quarter)
+    beyond = "max" if low < fence < high else "neither"
+    high = fence if beyond == "max" else high
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    if positive:
+        spread = high - low > math.log(LOG_FROM)
+        return (LogNorm if spread else Normalize)(math.exp(low), math.exp(high)), beyond
+    return Normalize(low, high), beyond
+
+
+def _ticks(n, first):
+    """Return (positions, labels) for n cells numbered from `first`: every one, or every so many of a long row."""
+    step = 1 if n <= 40 else 5
+    shown = [x for x in range(n) if step == 1 or (x + first) % step == 0]
+    return shown, [str(x + first) for x in shown]
+
+
+def _plain_numbers(axis):
+    """Write 20 and 300 on a logarithmic axis, not powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    if axis.get_scale() == "log":
+        axis.set_major_formatter(LogFormatter(labelOnlyBase=False))
+        axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.7)))

@@ -1,0 +1,231 @@
+"""The paper's table: rows of results as Markdown, LaTeX and HTML, best in bold, errors beside the numbers. No torch.
+
+A result row, as scripts/compare.py writes and keeps it:
+
+    {"method": "sleb", "label": "SLEB", "ratio": 20.0, "seed": None, "removed": ["layer7", ...], "removed_percent":
+     20.4, "perplexity": {"wikitext2": {"value": 30.1, "error": 0.4, "level": False}}, "tasks": {"piqa": {"score": 0.6,
+     "stderr": 0.01}}, "speed": {...} or None, "failed": None or the reason}
+
+`ratio` is what was asked for, in percent of the parameters, 0 for the dense model; `level` says that the paired
+difference to the best of its ratio is within two standard errors.
+"""
+import html
+import math
+import statistics
+from typing import NamedTuple
+
+from lib.tasks import TITLES
+
+LEGEND = (
+    "Best of each ratio in bold. Perplexity: ± is the standard error of the paired difference to the dense model over "
+    "windows (for the dense model, of its own mean), in units of perplexity; ≈ marks what is within two paired "
+    "standard errors of the best. Accuracy in percent, ± as the harness gives it. Over several seeds: mean ± standard "
+    "deviation."
+)
+
+
+class Cell(NamedTuple):
+    """A number as it is printed, its error as it is printed, or "", and how it compares with its column."""
+
+    text: str
+    error: str = ""
+    best: bool = False
+    level: bool = False
+
+
+class Table(NamedTuple):
+    """header: list of str; groups: [(title, rows)], a row being (name, list of Cell) or (name, why it failed)."""
+
+    header: list
+    groups: list
+
+
+def merge_seeds(rows):
+    """Return rows with those that differ only by seed made one: means, and standard deviations over seeds as errors.
+
+    Failed ones count only where all seeds failed.
+    """
+    groups = {}
+    for k, row in enumerate(rows):
+        groups.setdefault(k if row["seed"] is None else (row["method"], row["ratio"]), []).append(row)
+    merged = []
+    for same in groups.values():
+        good = [row for row in same if not row.get("failed")]
+        row = (good or same)[0]
+        merged.append(_mean(good) if len(good) > 1 else {**row, "blocks": len(row["removed"])})
+    return merged
+
+
+def average(tasks):
+    """Return (mean score, its standard error or None) of {task: {"score", "stderr"}}, tasks taken as independent."""
+    scores, errors = [t["score"] for t in tasks.values()], [t.get("stderr") for t in tasks.values()]
+    error = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
+    return statistics.fmean(scores), error
+
+
+def results_table(rows):
+    """Return the Table of result rows: the dense model, then a group for each ratio with its best numbers marked."""
+    rows = merge_seeds(rows)
+    texts = list(dict.fromkeys(name for row in rows for name in row["perplexity"]))
+    found = {name for row in rows for name in row["tasks"]}
+    tasks = [*(t for t in TITLES if t in found), *sorted(found - TITLES.keys())]
+    speeds = list(dict.fromkeys(name for row in rows for name in row.get("speed") or {}))
+    header = ["method", "blocks", "ratio %", *(f"{name} PPL" for name in texts), *(TITLES.get(t, t) for t in tasks)]
+    header += (["average"] if tasks else []) + speeds
+    groups = []
+    for ratio in sorted({row["ratio"] for row in rows}):
+        group = [row for row in rows if row["ratio"] == ratio]
+        columns = {row["label"]: _cells(row, texts, tasks, speeds) for row in group if not row.get("failed")}
+        if ratio:
+            # perplexities, the lower the better; scores and their average, the higher; speeds are not ranked
+            signs = [None, None] + [1] * len(texts) + [-1] * (len(tasks) + bool(tasks)) + [None] * len(speeds)
+            _mark_best(columns, signs)
+        title = f"at least {ratio:g} % removed" if ratio else ""
+        lines = [(r["label"], columns[r["label"]] if r["label"] in columns else str(r["failed"])) for r in group]
+        groups.append((title, lines))
+    return Table(header, groups)
+
+
+def markdown(table):
+    """Return the table as GitHub's Markdown."""
+    lines = [_bar(map(_md, table.header)), _bar(["---"] * len(table.header))]
+    empty = [""] * (len(table.header) - 1)
+    for title, rows in table.groups:
+        if title:
+            lines.append(_bar([f"*{_md(title)}*", *empty]))
+        for name, cells in rows:
+            if isinstance(cells, str):
+                lines.append(_bar([_md(name), f"failed: {_md(cells)}", *empty[1:]]))
+            else:
+                lines.append(_bar([_md(name), *(_md_cell(cell) for cell in cells)]))
+    return "\n".join(lines) + "\n"
+
+
+def latex(table):
+    """Return the table as a LaTeX tabular; needs booktabs."""
+    n = len(table.header)
+    lines = [rf"\begin{{tabular}}{{l{'r' * (n - 1)}}}", r"\toprule"]
+    lines.append(" & ".join(map(escape_latex, table.header)) + r" \\")
+    for title, rows in table.groups:
+        lines.append(r"\midrule")
+        if title:
+            lines.append(rf"\multicolumn{{{n}}}{{l}}{{\emph{{{escape_latex(title)}}}}} \\")
+        for name, cells in rows:
+            if isinstance(cells, str):
+                row = rf"\multicolumn{{{n - 1}}}{{l}}{{failed: {escape_latex(cells)}}}"
+            else:
+                row = " & ".join(map(_latex_cell, cells))
+            lines.append(rf"{escape_latex(name)} & {row} \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def html_rows(table):
+    """Return the table's rows as HTML, for lib.report.html_table."""
+    n, lines = len(table.header), []
+    for title, rows in table.groups:
+        if title:
+            lines.append(f'<tr><th scope="rowgroup" colspan="{n}">{html.escape(title)}</th></tr>')
+        for name, cells in rows:
+            if isinstance(cells, str):
+                row = f'<td class="text" colspan="{n - 1}">failed: {html.escape(cells)}</td>'
+            else:
+                row = "".join(f"<td>{_html_cell(cell)}</td>" for cell in cells)
+            lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
+    return lines
+
+
+def escape_latex(text):
+    """Return text with LaTeX's special characters escaped."""
+    special = {c: "\\" + c for c in "&%$#_{}"}
+    special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "<": r"\textless{}",
+                ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "≈": r"$\approx$"}  # fmt: skip
+    return "".join(special.get(c, c) for c in text)
+
+
+# ---- from rows to cells --------------------------------------------------------------------------
+
+
+def _mean(rows):
+    """Return one row for several seeds."""
+
+    def over(values):
+        values = list(values)
+        return {"value": statistics.fmean(values), "error": statistics.stdev(values), "level": False}
+
+    row = {**rows[0], "seed": None, "label": f"{rows[0]['label']} ({len(rows)} seeds)"}
+    row["blocks"] = round(statistics.fmean(len(r["removed"]) for r in rows), 1)
+    row["removed_percent"] = statistics.fmean(r["removed_percent"] for r in rows)
+    row["perplexity"] = {name: over(r["perplexity"][name]["value"] for r in rows) for name in rows[0]["perplexity"]}
+    row["tasks"] = {}
+    for name in rows[0]["tasks"]:
+        if all(name in r["tasks"] for r in rows):
+            score = over(r["tasks"][name]["score"] for r in rows)
+            row["tasks"][name] = {"score": score["value"], "stderr": score["error"]}
+    return row
+
+
+def _cells(row, texts, tasks, speeds):
+    cells = [Cell(f"{row['blocks']:g}"), Cell(f"{row['removed_percent']:.2f}")]
+    for name in texts:
+        measured = row["perplexity"].get(name)
+        cells.append(_number(measured["value"], measured["error"], measured.get("level")) if measured else Cell("-"))
+    scores = [row["tasks"].get(name) for name in tasks]
+    cells += [_percent(s["score"], s.get("stderr")) if s else Cell("-") for s in scores]
+    if tasks:
+        cells.append(_percent(*average(row["tasks"])) if all(scores) else Cell("-"))
+    return cells + [_number((row.get("speed") or {}).get(name)) for name in speeds]
+
+
+def _percent(score, error):
+    return _number(100 * score, None if error is None else 100 * error)
+
+
+def _number(value, error=None, level=False):
+    if value is None:
+        return Cell("-")
+    return Cell(_text(float(value)), "" if error is None else _text(float(error)), level=bool(level))
+
+
+def _text(number):
+    """Return a number as tables show it; it may come from JSON as "nan" or "inf"."""
+    return f"{number:.2f}" if abs(number) < 1e4 else f"{number:.0f}" if abs(number) < 1e8 else f"{number:.2e}"
+
+
+def _mark_best(columns, signs):
+    """Mark the best of each column, in place; numbers that print alike are alike."""
+    for k, sign in enumerate(signs):
+        values = {name: sign * _value(cells[k]) for name, cells in columns.items() if sign}
+        best = min((v for v in values.values() if math.isfinite(v)), default=None)
+        for name in values:
+            if values[name] == best:
+                columns[name][k] = columns[name][k]._replace(best=True, level=False)
+
+
+def _value(cell):
+    return math.nan if cell.text == "-" else float(cell.text)
+
+
+# ---- marks ---------------------------------------------------------------------------------------
+
+
+def _bar(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def _md(text):
+    return "".join("\\" + c if c in "\\|*_<>`" else c for c in " ".join(text.split()))
+
+
+def _md_cell(cell):
+    text = f"**{cell.text}**" if cell.best else cell.text + "≈" * cell.level
+    return f"{text} ± {cell.error}" if cell.error else text
+
+
+def _latex_cell(cell):
+    text = rf"\textbf{{{cell.text}}}" if cell.best else cell.text + r"$\approx$" * cell.level
+    return rf"{text} {{\scriptsize$\pm${cell.error}}}" if cell.error else text
+
+
+def _html_cell(cell):
+    text = f"<b>{cell.text}</b>" if cell.best else cell.text + "≈" * cell.level
+    return f"{text} <small>± {cell.error}</small>" if cell.error else text

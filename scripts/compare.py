@@ -1,0 +1,308 @@
+"""The paper's table for any model: every method on the same calibration windows, one evaluation, one command.
+
+Each method removes the fewest blocks that reach each ratio of the parameters, by the order that block_search.py would
+write with the flags of METHODS; what is left is measured by perplexity on held-out texts, by zero-shot tasks, and with
+--measure by its speed. One load of the model serves all: blocks are masked, which gives the numbers of removing them.
+Every measurement is kept as soon as it is there: the same command goes on where it was cut short, and one with more
+methods, ratios, texts or tasks computes only what is new. Writes compare.json, table.md, table.tex and a page.
+
+    python -m scripts.compare --model-path models/Llama-2-7b-hf --device cuda --output-dir results/llama2_7b \\
+        --methods blockpruner sleb bi rm laco random --ratios 0.1 0.2 0.25
+"""
+import argparse
+import hashlib
+import math
+import sys
+import time
+from pathlib import Path
+
+from scripts import flags
+from scripts.cells import METHODS, SEEDED, Bench, Job, Text, fill
+
+FEW = 10  # windows below which a text is a demonstration
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    flags.add_model_flags(parser)
+    parser.add_argument("--methods", nargs="+", type=method, metavar="METHOD",
+                        default=["blockpruner", "sleb", "bi", "rm", "random"],
+                        help=f"rows of the table: {', '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--ratios", nargs="+", type=flags.fraction, default=[0.1, 0.2, 0.25], metavar="R",
+                        help="shares of the parameters that must go at least")  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=flags.count, default=[0, 1, 2], metavar="N", help="draws of random")
+    parser.add_argument("--cal-nsamples", type=flags.positive, default=256, help="documents to calibrate on")
+    flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
+    parser.add_argument("--search", choices=("cached", "race"), default="cached",
+                        help="of the greedy methods; cached: exact; race: approximate, faster")  # fmt: skip
+    parser.add_argument("--eval-datasets", nargs="+", default=["wikitext2", "alpaca"], metavar="TEXT",
+                        help="texts of the perplexities, as --cal-dataset; documents calibrated on are left out")
+    parser.add_argument("--eval-nsamples", type=flags.positive, default=None,
+                        help="documents to draw from each of these; all when absent")  # fmt: skip
+    parser.add_argument("--tasks", nargs="*", metavar="TASK", help="zero-shot tasks; none when empty",
+                        default=["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"])  # fmt: skip
+    parser.add_argument("--task-ratios", nargs="+", type=flags.fraction, default=None, metavar="R",
+                        help="ratios at which tasks are run; all when absent")  # fmt: skip
+    parser.add_argument("--task-data", default=None, help="folder with the five tasks' .jsonl files; else the hub")
+    parser.add_argument("--num-fewshot", type=flags.count, default=0, help="examples in each task's prompt")
+    parser.add_argument("--batch-size", type=flags.positive, default=1, help="requests per forward in tasks")
+    parser.add_argument("--limit", nargs="+", metavar="[NAME=]N", type=flags.limit, default=[],
+                        help="first N windows and items only, or N of one text or task; labelled")  # fmt: skip
+    parser.add_argument("--measure", action="store_true", help="also how many times faster than the dense model")
+    parser.add_argument("--output-dir", default="results/compare", help="folder of everything; made when missing")
+    args = parser.parse_args(argv)
+    args.limit = dict(args.limit)
+    args.ratios = sorted(set(args.ratios))
+    if not args.model_path:
+        parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
+    unknown = set(args.task_ratios or ()) - set(args.ratios)
+    if unknown:
+        parser.error(f"--task-ratios {unknown.pop():g}: not among --ratios {' '.join(f'{r:g}' for r in args.ratios)}")
+    return parser, args
+
+
+def method(name):
+    """argparse type: a key of METHODS; NAME-layer is NAME."""
+    plain = name.removesuffix("-layer")
+    if plain not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name!r} is no method; use some of {', '.join(METHODS)}")
+    return plain
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    from lib.blocks import Decoder
+    from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
+    from lib.orders import to_json
+
+    args.device = args.device or default_device()
+    start = time.perf_counter()
+    with parser.user_errors():  # everything that can fail fails before weights are read
+        check(args)
+        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+        corpus, calibration, texts = read_texts(args, tokenizer)
+        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+        for text in (calibration, *texts):
+            flags.check_tokens(text.windows, model)
+        bench = Bench(args, Decoder(model), tokenizer, corpus, calibration, texts, parameter_count(model))
+    jobs = list_jobs(args)
+    summary = describe(bench)
+    print("\n".join(caption(summary)))
+    if note := dtype_note(args.device, args.compute_dtype):
+        print(f"note          {note}")
+    print(f"cells         {len(jobs)} -> {bench.folder}", flush=True)
+
+    losses, measured = {}, 0
+    for k, job in enumerate(jobs, 1):
+        with parser.user_errors():  # a kept file that cannot be read
+            row, losses[job], new = fill(bench, job)
+        summary["rows"].append(row)
+        measured += new
+        finish(bench, summary, losses)
+        print(f"{k:4d}/{len(jobs)}  {told(job, row, new)}", flush=True)
+    summary["seconds"] = time.perf_counter() - start
+    markdown, page = write_tables(bench, summary)
+    print(f"\n{markdown}")
+    failed = sum(row["failed"] is not None for row in summary["rows"])
+    print(to_json({
+        "result": str(bench.folder / "compare.json"), "page": page and str(page), "cells": len(jobs), "failed": failed,
+        "measurements": measured, "reduced": summary["reduced"], "seconds": summary["seconds"],
+    }))  # fmt: skip
+
+
+# ---- before the model ----------------------------------------------------------------------------
+
+
+def check(args):
+    """Raise ValueError for whatever flags, files and the configuration already tell."""
+    import eval as evaluation  # the builtin keeps its name
+    from lib import tasks
+    from lib.blocks import find_layers
+    from lib.data import check_dataset
+    from lib.model import check_device, skeleton
+
+    check_device(args.device)
+    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
+    for name in args.eval_datasets:
+        check_dataset(name, None, args.data_dir, held_out=True)
+    flags.check_folder(args.output_dir, "--output-dir")
+    texts = [text_name(dataset) for dataset in dict.fromkeys(args.eval_datasets)]
+    twice = [name for name in texts if texts.count(name) > 1]
+    if twice:
+        raise ValueError(f"--eval-datasets: two files are called {twice[0]}; the table needs another name for one")
+    if args.tasks:
+        tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
+        evaluation.check_task_cache(args.tasks, args.task_data)
+    names = {None, *args.tasks, *texts}
+    unknown = [name for name in args.limit if name not in names]
+    if unknown:
+        raise ValueError(f"--limit {unknown[0]}=...: neither among --tasks nor --eval-datasets")
+    bare = skeleton(args.model_path, args.trust_remote_code)
+    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    find_layers(bare)
+
+
+def text_name(dataset):
+    return Path(dataset).stem if Path(dataset).suffix else dataset
+
+
+def read_texts(args, tokenizer):
+    """Return (calibration Corpus, calibration Text, evaluation Texts)."""
+    from lib import data
+
+    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
+    drawn = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
+    calibration = cut(args, text_name(args.cal_dataset), corpus, drawn, tokenizer, None)
+    texts = []
+    for dataset in dict.fromkeys(args.eval_datasets):
+        column = args.text_column if dataset == args.cal_dataset else None
+        other = data.load_documents(dataset, None, column, args.data_dir, held_out=True)
+        documents, left_out = other.documents, None
+        if (other.source, other.split) == (corpus.source, corpus.split):
+            seen = set(drawn)
+            documents = [document for document in other.documents if document not in seen]
+            left_out = len(other.documents) - len(documents)
+            if not documents:
+                raise ValueError(f"--eval-datasets {dataset}: calibration takes all of it; lower --cal-nsamples")
+        if args.eval_nsamples:
+            documents = data.sample_documents(documents, min(args.eval_nsamples, len(documents)), args.seed)
+        name = text_name(dataset)
+        texts.append(cut(args, name, other, documents, tokenizer, args.limit.get(name, args.limit.get(None))))
+        texts[-1].about["left_out"] = left_out
+    return corpus, calibration, texts
+
+
+def cut(args, name, corpus, documents, tokenizer, limit):
+    from lib import data
+
+    windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)[:limit]
+    return Text(name, windows, {
+        "source": corpus.source, "split": corpus.split, "documents": len(documents), "windows": len(windows),
+        "seqlen": args.ppl_eval_seqlen, "tokens": windows.numel(),
+        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    })  # fmt: skip
+
+
+def list_jobs(args):
+    """Return the cells, the dense model first, a method's largest ratio first: smaller ones are parts of its order."""
+    jobs = [Job("dense", 0.0, None)]
+    for name in dict.fromkeys(args.methods):
+        for seed in dict.fromkeys(args.seeds) if name in SEEDED else (None,):
+            jobs += [Job(name, ratio, seed) for ratio in reversed(args.ratios)]
+    return jobs
+
+
+# ---- from cells to the table ---------------------------------------------------------------------
+
+
+def finish(bench, summary, losses):
+    """Put perplexities and their errors into the rows so far, and write compare.json."""
+    from lib.evaluate import paired_difference, perplexity
+    from lib.orders import write_json
+
+    rows = list(zip(losses, summary["rows"], strict=True))
+    for text in bench.texts:
+        T = bench.args.ppl_eval_seqlen
+        good = {job: losses[job][text.name] for job, row in rows if row["failed"] is None}
+        for job, row in rows:
+            if row["failed"] is None:
+                mine = good[job]
+                base = next((v for other, v in good.items() if not other.ratio), None)
+                base = 0 * mine if base is None or not job.ratio else base
+                value, (_, error) = perplexity(mine, T), paired_difference(mine, base, T)
+                error = None if error is None else value * error
+                row["perplexity"][text.name] = {"value": value, "error": error, "level": False}
+        for ratio in {job.ratio for job, _ in rows if job.ratio}:
+            single = {job: row for job, row in rows if job.ratio == ratio and job in good and not several(bench, job)}
+            values = {job: row["perplexity"][text.name]["value"] for job, row in single.items()}
+            best = min((job for job in values if math.isfinite(values[job])), key=values.get, default=None)
+            for job, row in single.items():
+                if best is not None and job != best:
+                    difference, error = paired_difference(good[job], good[best], T)
+                    behind = {"nats": difference, "error": error, "best": str(best)}
+                    row["perplexity"][text.name] |= {"behind_best": behind}
+                    row["perplexity"][text.name]["level"] = error is not None and difference <= 2 * error
+    write_json(bench.folder / "compare.json", summary)
+
+
+def several(bench, job):
+    """Whether a cell is one of several draws, of which the table shows the mean."""
+    return job.seed is not None and len(set(bench.args.seeds)) > 1
+
+
+def describe(bench):
+    """Return the summary before the first row."""
+    args = bench.args
+    settings = {
+        "methods": {name: METHODS[name][1] for name in dict.fromkeys(args.methods)},
+        "ratios": args.ratios, "seeds": args.seeds, "seed": args.seed, "search": args.search,
+        "batch_size": args.ppl_eval_batch_size, "dtype": args.compute_dtype, "device": args.device,
+        "calibration": {"name": bench.calibration.name, **bench.calibration.about},
+        "tasks": args.tasks, "task_ratios": args.task_ratios, "num_fewshot": args.num_fewshot,
+        "limit": {str(name or "all"): n for name, n in args.limit.items()},
+    }  # fmt: skip
+    reduced = [f"NOT A RESULT, --limit: {' '.join(f'{k}={v}' for k, v in settings['limit'].items())}"]
+    reduced = reduced if args.limit else []
+    for name, text in (("calibration", bench.calibration), *((text.name, text) for text in bench.texts)):
+        if len(text.windows) < FEW:
+            reduced.append(f"FEW WINDOWS: {name} is {len(text.windows)} windows of {text.windows.shape[1]} tokens")
+    return {
+        "kind": "compare", "model": args.model_path, "layers": bench.decoder.n_layers, "parameters": bench.parameters,
+        "reduced": reduced, "settings": settings, "texts": {text.name: text.about for text in bench.texts},
+        "versions": flags.versions(), "rows": [],
+    }  # fmt: skip
+
+
+def caption(summary):
+    """Return lines that say what the numbers are numbers of."""
+    settings = summary["settings"]
+
+    def text(name, about):
+        left = f", {about['left_out']} calibrated on left out" if about.get("left_out") else ""
+        return (f"{about['documents']:,} documents of {about['source']} ({about['split'] or 'whole file'}{left}), "
+                f"{about['windows']} windows of {about['seqlen']} = {about['tokens']:,} tokens")  # fmt: skip
+
+    lines = [
+        f"model         {summary['model']}: {summary['parameters']:,} parameters, {summary['layers']} layers",
+        f"compute       {settings['device']}, {settings['dtype']}, search {settings['search']}",
+        f"calibration   {text(settings['calibration']['name'], settings['calibration'])}",
+        *(f"{name:13s} {text(name, about)}" for name, about in summary["texts"].items()),
+    ]
+    if settings["tasks"]:
+        lines.append(f"tasks         {' '.join(settings['tasks'])}, {settings['num_fewshot']} examples in the prompt")
+    return lines + summary["reduced"]
+
+
+def told(job, row, new):
+    """Return a line about a finished cell."""
+    if row["failed"] is not None:
+        return f"{job!s:22s} {row['ratio']:5.4g} %  failed: {row['failed']}"
+    numbers = [f"{name} {p['value']:.4f}" for name, p in row["perplexity"].items()]
+    numbers += [f"{name} {100 * task['score']:.2f}" for name, task in row["tasks"].items()]
+    kept = "" if new else "  (kept)"
+    return (f"{job!s:22s} {row['ratio']:5.4g} %  {len(row['removed']):3d} blocks, {row['removed_percent']:6.2f} %  "
+            f"{'  '.join(numbers)}{kept}")  # fmt: skip
+
+
+def write_tables(bench, summary):
+    """Write table.md, table.tex and the page; return (the Markdown, path of the page or None)."""
+    from lib import tables
+    from lib.orders import write_file, write_json
+    from scripts.report import write_report
+
+    table, lines = tables.results_table(summary["rows"]), caption(summary)
+    markdown = f"{tables.markdown(table)}\n{tables.LEGEND}\n"
+    write_json(bench.folder / "compare.json", summary)
+    write_file(bench.folder / "table.md", ("".join(f"    {line}\n" for line in lines) + "\n" + markdown).encode())
+    comments = "".join(f"% {line}\n" for line in [*lines, tables.LEGEND])
+    write_file(bench.folder / "table.tex", (comments + tables.latex(table)).encode())
+    try:
+        page, _, _ = write_report([bench.folder / "compare.json"], bench.folder)
+    except ImportError:
+        print("note          no page: pip install matplotlib", file=sys.stderr)
+        page = None
+    return markdown, page
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,425 @@
+"""Draw result files: pictures of searches and results, and one self-contained page with tables and settings.
+
+Takes order files of block_search.py (or of the paper's scripts), results of eval.py --output-path, compare.json of
+scripts.compare, and the .csv table of angular distances. Files of several models get sections of their own, and the
+page says so. Needs matplotlib; neither torch nor a display.
+
+    python -m scripts.report ppls/*_order_list.json results/*.json --output-dir results/report
+"""
+import csv
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from scripts import flags
+
+
+class Result(NamedTuple):
+    """One file: kind "order", "search" (the order of a cell of a comparison), "eval", "compare" or "distances".
+
+    model: what it names, None where it names none.
+    """
+
+    path: Path
+    kind: str
+    model: str | None
+    content: object
+
+
+def parse_args(argv=None):
+    parser = flags.Parser(__doc__.split("\n\n")[0])
+    parser.add_argument("results", nargs="+", metavar="RESULT", help="order, result, compare.json or distance file")
+    parser.add_argument("--output-dir", default="results/report", help="folder of index.html and the .png files")
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    from lib.orders import to_json
+
+    with parser.user_errors():
+        flags.check_folder(args.output_dir, "--output-dir")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+        page, pictures, notices = write_report(args.results, args.output_dir)
+    for notice in notices:
+        print(f"note          {notice}")
+    for path in pictures:
+        print(f"picture       {path}")
+    print(f"page          {page}")
+    print(to_json({"page": str(page), "pictures": [str(p) for p in pictures], "notices": notices}))
+
+
+def write_report(paths, folder):
+    """Write the pictures and index.html of result files to `folder`; return (page, pictures, notices).
+
+    Raises ValueError, one line, for a file that is no result, or files that contradict each other.
+    """
+    from lib import report
+
+    results = [result for path in paths for result in read_results(path)]
+    models = by_model(results)
+    notices = reductions(results)
+    names = [name for name in models if name]
+    if len(names) > 1:
+        notices.insert(0, f"Results of {len(names)} models, each in sections of its own: {', '.join(names)}. "
+                          "Numbers of different models do not compare.")  # fmt: skip
+    if None in models and names:
+        nameless = ", ".join(result.path.name for result in models[None])
+        notices.append(f"In sections of their own, since they name no model: {nameless}.")
+    sections, pictures = [], []
+    for k, (model, mine) in enumerate(models.items(), 1):
+        model = model or "model not named"
+        for title, parts in model_sections(mine):
+            title = f"{model}: {title}" if len(models) > 1 else title
+            sections.append(report.Section(title, list(parts.values())))
+            for name, part in parts.items():
+                if isinstance(part, report.Picture):
+                    prefix = f"{k}_" if len(models) > 1 else ""
+                    pictures.append(Path(folder).expanduser() / f"{prefix}{name}.png")
+                    report.save(part, pictures[-1])
+    page = Path(folder).expanduser() / "index.html"
+    report.write_page(page, "BlockPruner: " + ", ".join(names) or "results", sections, notices)
+    return page, pictures, notices
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_results(path):
+    """Return the Results of a file: one, and for compare.json the orders that lie beside it as well."""
+    from lib.orders import read_order
+
+    path = Path(path).expanduser()
+    if path.suffix == ".csv":
+        return [Result(path, "distances", None, read_distances(path))]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None  # read_order says what is wrong
+    if isinstance(content, dict) and content.get("kind") == "compare":
+        check_fields(path, content, "compare.json", ("model", "layers", "parameters", "rows", "settings"))
+        files = dict.fromkeys(row.get("order_file") for row in content["rows"])
+        beside = [path.parent / name for name in files if name and (path.parent / name).is_file()]
+        searches = [Result(p, "search", content["model"], read_order(p)) for p in beside]
+        return [Result(path, "compare", content["model"], content), *searches]
+    if isinstance(content, dict) and "pruning_ratio_percent" in content:
+        check_fields(path, content, "a result of eval.py",
+                     ("model", "removed", "dense_parameters", "perplexity", "dense_perplexity", "tasks"))  # fmt: skip
+        return [Result(path, "eval", content["model"], content)]
+    order, meta = read_order(path)
+    return [Result(path, "order", meta.get("model"), (order, meta))]
+
+
+def check_fields(path, content, what, names):
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ValueError(f"{path}: looks like {what}, but has no {', '.join(missing)}; write it again")
+
+
+def read_distances(path):
+    """Return [(n, i, distance)] of a .csv file with these columns."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        table = [(int(row["n"]), int(row["i"]), float(row["distance"])) for row in rows]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (KeyError, ValueError, TypeError, csv.Error):
+        raise ValueError(f"{path}: not a table of angular distances; expected the columns n, i, distance") from None
+    if not table or any(n < 1 or i < 0 for n, i, _ in table):
+        raise ValueError(f"{path}: holds no windows (n from 1, i from 0)")
+    return table
+
+
+def by_model(results):
+    """Return {model name: its Results}; results that name no model stand under None.
+
+    Names are the last part of a path. Files that share a name but not the model's size are refused.
+    """
+    models, sizes = {}, {}
+    for result in results:
+        name = Path(str(result.model)).name.removesuffix(".gguf") if result.model else None
+        models.setdefault(name, []).append(result)
+        for what, value in sizes_of(result).items():
+            path, before = sizes.setdefault((name, what), (result.path, value))
+            if name and before != value:
+                raise ValueError(
+                    f"{path} and {result.path}: both name the model {name}, with {before:,} and {value:,} {what}; "
+                    "give files of one of them, or rename the model"
+                )
+    return dict(sorted(models.items(), key=lambda item: item[0] is None))
+
+
+def sizes_of(result):
+    if result.kind == "order":
+        sizes = {"layers": result.content[1].get("layers")}
+    elif result.kind == "eval":
+        sizes = {"parameters": result.content["dense_parameters"]}
+    elif result.kind == "compare":
+        sizes = {"layers": result.content["layers"], "parameters": result.content["parameters"]}
+    else:
+        sizes = {}
+    return {what: value for what, value in sizes.items() if isinstance(value, int)}
+
+
+def reductions(results):
+    """Return what a reader must know before reading any number."""
+    lines = []
+    for result in results:
+        if result.kind == "eval" and result.content.get("limit"):
+            lines.append(f"{result.path.name}: {result.content['limit']}")
+        if result.kind == "compare":
+            lines += result.content.get("reduced", [])
+    return list(dict.fromkeys(lines))
+
+
+# ---- one model's sections ------------------------------------------------------------------------
+
+
+def model_sections(results):
+    """Yield (title, {file name: Picture or HTML}) of one model's results, empty ones left out."""
+    from lib import report
+
+    orders = [r for r in results if r.kind in ("order", "search")]
+    rows, texts = result_rows(results)
+    sections = {
+        "results": dict(result_tables(results, rows, texts)),
+        "quality against size": dict(quality_curves(rows, texts)),
+        "which blocks went": dict(removal_maps(results, rows)),
+        "scores of the search": dict(score_maps(orders)),
+        "angular distances": dict(distance_maps(r for r in results if r.kind == "distances")),
+        "settings": {
+            str(r.path): report.settings_table(settings_of(r), str(r.path)) for r in results if r.kind != "search"
+        },
+    }
+    return [(title, parts) for title, parts in sections.items() if parts]
+
+
+def result_rows(results):
+    """Return (rows as lib.tables has them, {text name: description}) of eval and compare results together."""
+    rows, texts = [], {}
+    for result in results:
+        if result.kind == "compare":
+            names = {name: text_name(name, about, texts) for name, about in result.content.get("texts", {}).items()}
+            for row in result.content["rows"]:
+                perplexity = {names.get(name, name): value for name, value in row["perplexity"].items()}
+                rows.append({**row, "perplexity": perplexity})
+        elif result.kind == "eval":
+            rows += eval_rows(result, texts)
+    return rows, texts
+
+
+def text_name(name, about, texts):
+    """Return the name under which a text's perplexities stand together, and keep it in texts.
+
+    Perplexities compare on the same windows only: another cut of the same data set gets a number.
+    """
+    same = ("source", "split", "windows", "seqlen", "text_sha256")
+    about = {key: about.get(key) for key in same}
+    k, unique = 1, name
+    while unique in texts and texts[unique] != about:
+        k += 1
+        unique = f"{name} ({k})"
+    texts[unique] = about
+    return unique
+
+
+def eval_rows(result, texts):
+    """Return the rows of one result of eval.py: what is left, and the dense model it started from."""
+    content = result.content
+    name = text_name(content["dataset"], {**content, "text_sha256": None}, texts)
+    order = Path(content["order_file"] or "").name.removesuffix(".json").removesuffix("_del_order_list")
+    method = order.removeprefix(f"{Path(content['model']).name.removesuffix('.gguf')}_") or "dense"
+    shared = {"seed": None, "speed": None, "failed": None, "source": str(result.path)}
+    dense = {**shared, "method": "dense", "label": "dense", "ratio": 0, "removed": [], "removed_percent": 0.0,
+             "perplexity": {name: {"value": content["dense_perplexity"], "error": None}}, "tasks": {}}  # fmt: skip
+    if not content["removed"]:
+        return [{**dense, "tasks": content["tasks"]}]
+    percent = content["pruning_ratio_percent"]
+    label = f"{method}, {len(content['removed'])} blocks removed"
+    pruned = {**shared, "method": method, "label": label, "ratio": 0, "removed": content["removed"],
+              "removed_percent": percent, "tasks": content["tasks"],
+              "perplexity": {name: {"value": content["perplexity"], "error": None}}}  # fmt: skip
+    return [dense, pruned]
+
+
+def result_tables(results, rows, texts):
+    """Yield the table of each compare result, and one of all eval results."""
+    from lib import report, tables
+
+    for result in results:
+        if result.kind == "compare":
+            table = tables.results_table(result.content["rows"])
+            yield str(result.path), report.html_table(table.header, tables.html_rows(table), tables.LEGEND)
+    evaluated = [row for row in rows if row.get("source")]
+    if evaluated:
+        measured = {}  # the dense model stands in several files: once is enough
+        for row in evaluated:
+            key = (row["label"], *row["perplexity"])
+            if key not in measured or len(row["tasks"]) > len(measured[key]["tasks"]):
+                measured[key] = row
+        table = tables.results_table(list(measured.values()))
+        yield "eval", report.html_table(table.header, tables.html_rows(table), "Results of eval.py")
+
+
+def quality_curves(rows, texts):
+    """Yield the pictures of perplexity, and of accuracy, against the parameters removed."""
+    from lib import tables
+
+    rows = [row for row in tables.merge_seeds(rows) if not row.get("failed")]
+    perplexity = {}
+    for text, about in texts.items():
+        lines = lines_of(rows, lambda row, t=text: measured_perplexity(row, t))
+        if any(name != "dense" for name in lines):
+            perplexity[f"perplexity, {text} ({about['windows']:,} windows of {about['seqlen']:,})"] = lines
+    if perplexity:
+        yield "perplexity", picture_of_curves(perplexity, "perplexity", percent=False)
+    names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
+    accuracy = {"average accuracy, %": lines_of(rows, lambda row: measured_average(row, names))} if names else {}
+    accuracy |= {f"{tables.TITLES.get(name, name)}, %": lines_of(rows, lambda row, n=name: measured_task(row, n))
+                 for name in names}  # fmt: skip
+    accuracy = {title: lines for title, lines in accuracy.items() if any(name != "dense" for name in lines)}
+    if accuracy:
+        yield "accuracy", picture_of_curves(accuracy, "accuracy", percent=True)
+
+
+def picture_of_curves(panels, what, percent):
+    from lib import report
+
+    ends = [f"{name} {points[-1].value:.2f} at {points[-1].removed:.1f} %"
+            for name, points in next(iter(panels.values())).items()]  # fmt: skip
+    caption = (
+        f"{what.capitalize()} against the share of parameters removed, one line a method, starting from the dense "
+        "model. Bars are standard errors where known (lines of several seeds: standard deviations over seeds). "
+        "The legend is in the order of the first panel's last points."
+    )
+    return report.draw(
+        report.curves(panels, percent), caption, f"Line chart. {next(iter(panels))}: {'; '.join(ends)}."
+    )
+
+
+def lines_of(rows, measure):
+    """Return {method: list of Point}, each method's line starting at the dense model."""
+    from lib.report import Point
+
+    lines, dense = {}, None
+    for row in sorted(rows, key=lambda row: row["removed_percent"]):
+        measured = measure(row)
+        if measured is None or not math.isfinite(measured[0]):
+            continue
+        point = Point(row["removed_percent"], *measured)
+        if row["method"] == "dense":
+            dense = point
+        lines.setdefault(row["method"], []).append(point)
+    return {name: points if name == "dense" or dense is None else [dense._replace(error=None), *points]
+            for name, points in lines.items()}  # fmt: skip
+
+
+def measured_perplexity(row, text):
+    measured = row["perplexity"].get(text)
+    return measured and (float(measured["value"]), None if measured["error"] is None else float(measured["error"]))
+
+
+def measured_task(row, name):
+    task = row["tasks"].get(name)
+    return task and (100 * task["score"], None if task.get("stderr") is None else 100 * task["stderr"])
+
+
+def measured_average(row, names):
+    from lib.tables import average
+
+    if set(names) - row["tasks"].keys():
+        return None
+    score, error = average({name: row["tasks"][name] for name in names})
+    return 100 * score, None if error is None else 100 * error
+
+
+def removal_maps(results, rows):
+    """Yield the layer stacks: one of all order files, one for each ratio of results."""
+    from lib import report
+    from lib.orders import parse_block
+
+    layers = max((size for r in results for what, size in sizes_of(r).items() if what == "layers"), default=None)
+    groups = {"orders": {}}
+    for result in results:
+        if result.kind == "order" and result.content[0]:
+            groups["orders"][label_of(result, groups["orders"])] = result.content[0]
+    for row in sorted(rows, key=lambda row: row["ratio"]):
+        if row["removed"]:
+            group = groups.setdefault(f"at least {row['ratio']:g} %" if not row.get("source") else "results", {})
+            name = row["label"] if row.get("seed") is None else f"{row['label']}, seed {row['seed']}"
+            group[name] = [parse_block(name) for name in row["removed"]]
+    for title, orders in groups.items():
+        if not orders:
+            continue
+        L = layers or 1 + max(block.layer for order in orders.values() for block in order)
+        caption = f"What each method removes, {title}: the number is the step. Layer 0, nearest to the text, is on top."
+        gone = "; ".join(f"{name}: {' '.join(map(str, order))}" for name, order in orders.items())
+        picture = report.draw(report.removal_map(orders, L), caption, f"Layer stack of {L} layers. {gone}.")
+        yield f"removed_{title.replace('at least ', '').replace(' %', '')}", picture
+
+
+def label_of(result, taken):
+    """Return a short name for an order file, not yet in `taken`."""
+    meta = result.content[1]
+    name = meta.get("label") or result.path.name.removesuffix(".json").removesuffix("_del_order_list")
+    name = name.removeprefix(f"{Path(str(result.model)).name.removesuffix('.gguf')}_")
+    return name if name not in taken else f"{name} ({len(taken) + 1})"
+
+
+def score_maps(orders):
+    from lib import report
+
+    for k, result in enumerate(orders, 1):
+        order, meta = result.content
+        scored = sum(bool(step.get("scores")) for step in meta.get("steps", ()))
+        if scored < (1 if result.kind == "order" else 2):  # a comparison's one-shot methods have a single column
+            continue
+        figure = report.score_map(meta)
+        caption = (
+            f"{result.path.parent.name}/{result.path.name}: {report.score_name(meta)}, every candidate at every "
+            "iteration. A dot marks what was removed, white what was gone before, a cross what was not finite."
+        )
+        if meta.get("approximate"):
+            caption += " Approximate: a candidate that fell behind was scored on its first windows only."
+        alt = f"Heat map of candidate scores over {len(order)} iterations. Removed: {' '.join(map(str, order))}."
+        yield f"scores_{k}", report.draw(figure, caption, alt)
+
+
+def distance_maps(results):
+    from lib import report
+
+    for k, result in enumerate(results, 1):
+        best = {}
+        for n, i, distance in result.content:
+            if math.isfinite(distance) and distance < best.get(n, (math.inf,))[0]:
+                best[n] = distance, i
+        caption = (f"{result.path.name}: angular distance between the states entering and leaving n consecutive "
+                   "layers. A dot marks the nearest pair of each n, the window to remove.")  # fmt: skip
+        nearest = "; ".join(f"n {n}: layers {i} to {i + n - 1}, {d:.3f}" for n, (d, i) in best.items())
+        yield f"distances_{k}", report.draw(report.distance_map(result.content), caption, f"Heat map. {nearest}.")
+
+
+def settings_of(result):
+    """Return what a result file says about how it was made, without its numbers."""
+    if result.kind == "compare":
+        content = result.content
+        return {"model": content["model"], "layers": content["layers"], "parameters": content["parameters"],
+                **{name: value for name, value in content["settings"].items() if name != "methods"},
+                **{f"method {name}": about for name, about in content["settings"].get("methods", {}).items()},
+                **{f"text {name}": about for name, about in content.get("texts", {}).items()},
+                "versions": content.get("versions")}  # fmt: skip
+    if result.kind == "distances":
+        return {"windows": len(result.content)}
+    content = result.content[1] if result.kind == "order" else result.content
+    return {key: value for key, value in content.items() if key not in ("steps", "tasks", "failed")} or {
+        "settings": "the file says nothing about them"
+    }
+
+
+if __name__ == "__main__":
+    main()
