@@ -85,7 +85,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib import data, orders
+    from lib import orders
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
     from lib.importance import check_weights
@@ -99,11 +99,8 @@ def main(argv=None):
             args.ppl_search_path, args.model_path, args.block_type, args.cal_dataset, args.cal_nsamples,
             metric_name(args, plan),
         )  # fmt: skip
-        corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
-        documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
-        windows = data.cut_windows(
-            documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
-        )
+        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+        corpus, _, windows = flags.read_windows(args, tokenizer)
         fresh = describe(args, corpus, windows, plan)
         order, meta = resume(path, fresh, args.overwrite)
         if plan.enough(order) and not args.dry_run:

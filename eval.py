@@ -36,7 +36,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib import data, export, orders, tasks
+    from lib import export, orders, tasks
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
     from lib.measure import weight_bytes
@@ -45,14 +45,9 @@ def main(argv=None):
     args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
         order, meta = check(args)
-        corpus = data.load_documents(
-            args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=True
-        )
-        documents = corpus.documents
-        if args.cal_nsamples:
-            documents = data.sample_documents(documents, args.cal_nsamples, args.seed)
         tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-        windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)[: args.limit.get(None)]
+        corpus, documents, windows = flags.read_windows(args, tokenizer, held_out=True)
+        windows = windows[: args.limit.get(None)]
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)

@@ -67,7 +67,7 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
         **perplexities(removed, meta), "search": {k: dict(meta)[k] for k in SEARCH_KEYS if k in dict(meta)},
         "evaluated": evaluated, "versions": dict(versions),
     }  # fmt: skip
-    with _complete_or_nothing(folder) as temporary:
+    with complete_or_nothing(folder) as temporary:
         how_to_load = FORMATS[format](source, removed, temporary, info)
         _copy_small_files(source, temporary, format, trust_remote_code)
         (temporary / "README.md").write_text(card(source, info, how_to_load), encoding="utf-8")
@@ -288,7 +288,7 @@ def check_target(folder, path, overwrite=False):
 
 
 @contextlib.contextmanager
-def _complete_or_nothing(folder):
+def complete_or_nothing(folder):
     """Give an empty folder beside `folder` that takes its place at the end, and is gone after an error."""
     folder = Path(folder).expanduser().absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

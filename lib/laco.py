@@ -12,16 +12,14 @@ are merged (attention and MLP, weights and biases); norms stay the lowest layer'
     write(decoder, collapsed, "pruned", record={})
 """
 import contextlib
-import os
-import shutil
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lib.blocks import KINDS, Block
+from lib.export import complete_or_nothing
 from lib.importance import check_weights
 from lib.model import quiet
 from lib.orders import write_json
@@ -184,10 +182,7 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
         del config.quantization_config
         model.hf_quantizer = None
     parameters = sum(p.numel() for p in model.parameters())
-    folder = Path(folder).expanduser().absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
+    with complete_or_nothing(folder) as temporary:
         with quiet():
             model.save_pretrained(temporary)
         if tokenizer is not None:
@@ -207,11 +202,6 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
                 f"LaCo: {type(model).__name__} with {len(collapsed.layers)} layers does not compute what its merged "
                 "layers compute (a layer that depends on its number); take another method for this family"
             )
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib import data
     from lib.blocks import Decoder
     from lib.importance import ranked
     from lib.model import default_device, load_model, load_tokenizer
@@ -37,10 +36,8 @@ def main(argv=None):
     args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
         check(args)
-        corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
-        documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
         tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-        windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
+        corpus, _, windows = flags.read_windows(args, tokenizer)
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)

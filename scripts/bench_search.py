@@ -228,14 +228,10 @@ def random_model(args):
 
 def real_model(args):
     """Return (model, windows) of --model-path and --cal-dataset, as block_search.py reads them."""
-    from lib import data
     from lib.model import load_model, load_tokenizer
 
-    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
-    documents = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
-    windows = data.cut_windows(
-        documents, load_tokenizer(args.model_path, args.trust_remote_code), args.ppl_eval_seqlen
-    )
+    tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+    _, _, windows = flags.read_windows(args, tokenizer)
     return load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code), windows
 
 

@@ -30,21 +30,15 @@ def main(argv=None):
     import numpy as np
     import torch
 
-    from lib.blocks import Block, Decoder
-    from lib.model import load_model, load_tokenizer
     from lib.orders import to_json
+    from scripts.check_gguf import masked_logits
 
     with parser.user_errors():
         info = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8")).get("pruning_info")
         if info is None:
             raise ValueError(f"{args.folder}: config.json has no pruning_info; give a folder of --format decilm")
-        removed = [Block(name[:3], int(name[3:])) for name in info["removed"]]
-        with open(args.text, encoding="utf-8") as file:
-            text = file.read(40 * args.tokens)
-        ids = load_tokenizer(args.model_path).encode(text)[: args.tokens]
-        decoder = Decoder(load_model(args.model_path, "fp32"))
-        with decoder.masked(removed), torch.inference_mode():
-            wanted = decoder.model(torch.tensor([ids])).logits[0]
+        removed = info["removed"]
+        ids, wanted = masked_logits(args.model_path, removed, args.text, args.tokens)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "logits.npy"
         here = Path(__file__).with_name("mlx_logits.py")

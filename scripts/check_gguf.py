@@ -22,19 +22,13 @@ def main(argv=None):
     parser, args = parse_args(argv)
     import torch
 
-    from lib.blocks import Block, Decoder
     from lib.export_gguf import read_info
-    from lib.model import load_model, load_tokenizer
     from lib.orders import to_json
 
     with parser.user_errors():
-        removed = [Block(name[:3], int(name[3:])) for name in read_info(args.file)["removed"]]
-        with open(args.text, encoding="utf-8") as file:
-            text = file.read(40 * args.tokens)
-        ids = load_tokenizer(args.model_path).encode(text)[: args.tokens + 1]
-        decoder = Decoder(load_model(args.model_path, "fp32"))
-        with decoder.masked(removed), torch.inference_mode():
-            wanted = decoder.model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+        removed = read_info(args.file)["removed"]
+        ids, logits = masked_logits(args.model_path, removed, args.text, args.tokens + 1)
+        wanted = logits[:-1].log_softmax(-1)
         with llamacpp.Server(args.file, 2 * len(ids), exact=True) as server:
             first = len(ids) // 2
             found = [server.logprobs(ids[: n + 1], wanted.shape[1]) for n in range(first, len(ids) - 1)]
@@ -47,6 +41,21 @@ def main(argv=None):
     print(to_json({"file": args.file, "tokens": len(found), "logprob": of_text, "probability": of_all}))
     if of_text > args.tolerance:
         parser.exit(1, f"more than {args.tolerance}\n")
+
+
+def masked_logits(model_path, removed, text, n):
+    """Return (the first n token ids of the file `text`, float32 logits (n, V)): transformers, blocks by name masked."""
+    import torch
+
+    from lib.blocks import Decoder
+    from lib.model import load_model, load_tokenizer
+    from lib.orders import parse_block
+
+    with open(text, encoding="utf-8") as file:
+        ids = load_tokenizer(model_path).encode(file.read(40 * n))[:n]
+    decoder = Decoder(load_model(model_path, "fp32"))
+    with decoder.masked([parse_block(name) for name in removed]), torch.inference_mode():
+        return ids, decoder.model(torch.tensor([ids])).logits[0]
 
 
 if __name__ == "__main__":

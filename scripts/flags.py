@@ -171,6 +171,17 @@ def check_file(path, flag, suffix=".json"):
     check_folder(Path(path).parent, flag)
 
 
+def read_windows(args, tokenizer, held_out=False):
+    """Return (Corpus, documents drawn, windows (N, T)) of the text flags; no --cal-nsamples takes all documents."""
+    from lib import data
+
+    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=held_out)
+    documents = corpus.documents
+    if args.cal_nsamples:
+        documents = data.sample_documents(documents, args.cal_nsamples, args.seed)
+    return corpus, documents, data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
+
+
 def check_seqlen(config, seqlen):
     """Raise ValueError where the model has fewer positions than a window has tokens; one token has no target."""
     if seqlen < 2:
