@@ -93,7 +93,8 @@ def main(argv=None):
         result["same_order"] = [a.block for a, _ in compare] == [b.block for _, b in compare]
         result["same_scores"] = all(a.scores == b.scores for a, b in compare)
         result["order"] = orders[name]
-    formula = formula_ratio([s.block for s in reference], blocks, decoder) if reference else None
+    whole = reference and len(reference) == K
+    formula = formula_ratio([s.block for s in reference], blocks, decoder) if whole else None
     print_table(results)
     if formula:
         print(f"formula  {formula:.2f} times fewer block forwards for this order, with everything kept")
