@@ -350,7 +350,7 @@ def test_bad_flags_are_refused_before_the_model_is_loaded(call, words, texts, tm
     out = tmp_path / "out"
     for line, says in (
         (words(out, "blockprune"), ("'blockprune'", "blockpruner")),
-        (words(out, "last", "10"), ("'10'", "between 0 and 1")),
+        (words(out, "last", "10"), ("'10'", "share from 0 to 1")),
         (words(out, "last", "0.1", task_ratios="0.2"), ("--task-ratios 0.2", "--ratios 0.1")),
         (words(out, "last", eval_datasets="nowhere.txt"), ("nowhere.txt",)),
         (words(tmp_path / "file", "last"), ("--output-dir", "not a folder")),
