@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import math
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ def removal_map(orders, n_layers):
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    figure, (axis,) = _figure(0.9 + 0.62 * len(orders), 1.6 + 0.2 * n_layers, 1, 1)
+    figure, (axis,) = _figure(max(3.2, 0.9 + 0.75 * len(orders)), 1.6 + 0.2 * n_layers, 1, 1)
     cells, colours, ticks = [], [], {}
     for k, (name, order) in enumerate(orders.items()):
         gone = {}
@@ -129,7 +130,8 @@ def removal_map(orders, n_layers):
                 if step:
                     axis.text(x, i, str(step), color="white", ha="center", va="center", fontsize=6.5, weight="bold")
         turn = 40 if len(orders) > 1 else 0
-        axis.text(left - 0.4, -0.8, name, rotation=turn, rotation_mode="anchor", fontsize=8)
+        title = name if turn else textwrap.fill(name, 36)
+        axis.text(left - 0.4, -0.8, title, rotation=turn, rotation_mode="anchor", va="bottom", fontsize=8)
     axis.add_collection(PatchCollection(cells, facecolors=colours, edgecolors="white", linewidths=1))
     axis.set_xlim(-0.5, max(ticks) + 0.5)
     axis.set_ylim(n_layers - 0.5, -0.5)
