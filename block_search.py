@@ -274,14 +274,10 @@ def check(args):
     from lib.blocks import find_layers
     from lib.candidates import candidates
     from lib.checkpoint import check_whole
-    from lib.data import check_dataset
-    from lib.model import check_device, parameter_count, skeleton
+    from lib.model import parameter_count
 
-    check_device(args.device)
-    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
     flags.check_folder(args.ppl_search_path, "--ppl-search-path")
-    bare = skeleton(args.model_path, args.trust_remote_code)
-    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    bare = flags.check_search(args)
     check_whole(bare.config, args.model_path)
     return candidates(
         find_layers(bare), parameter_count(bare), args.block_type, args.del_block_num, args.target_ratio,

@@ -121,7 +121,7 @@ def _config(source, layers, info):
     mha = {
         "no_op": False, "replace_with_linear": False,
         "n_heads_in_group": config.num_attention_heads // config.num_key_value_heads,
-    }  # format: skip
+    }  # fmt: skip
     # read back as int(2 * ffn_mult * hidden_size / 3), then up to a multiple of 256: aimed at the middle
     mlp = {"no_op": False, "replace_with_linear": False, "ffn_mult": 1.5 * (width - WIDTH // 2) / config.hidden_size}
     no_mha, no_mlp = mha | {"no_op": True, "n_heads_in_group": None}, mlp | {"no_op": True, "ffn_mult": None}
@@ -129,7 +129,7 @@ def _config(source, layers, info):
         "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
         "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
         "tie_word_embeddings",
-    )}  # format: skip
+    )}  # fmt: skip
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",

@@ -94,14 +94,9 @@ def slices(model_path, n_layers, start, n, dtype="bf16"):
 def check(args):
     """Raise ValueError for what flags, folders and the configuration already tell."""
     from lib.blocks import find_layers
-    from lib.data import check_dataset
-    from lib.model import check_device, skeleton
 
-    check_device(args.device)
-    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
     flags.check_folder(args.output_dir, "--output-dir")
-    bare = skeleton(args.model_path, args.trust_remote_code)
-    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    bare = flags.check_search(args)
     L = len(find_layers(bare))
     if args.layers_to_skip and args.layers_to_skip >= L:
         raise ValueError(f"--layers-to-skip {args.layers_to_skip}: {args.model_path} has {L} layers; use 1..{L - 1}")

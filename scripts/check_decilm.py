@@ -12,16 +12,14 @@ import tempfile
 from pathlib import Path
 
 from scripts import flags
+from scripts.check_gguf import add_reference_flags, masked_logits
 
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="folder written by scripts.export --format decilm --compute-dtype fp32")
-    parser.add_argument("--model-path", required=True, help="the dense model: hub id, folder or .gguf file")
-    parser.add_argument("--text", required=True, help="file of text; its first tokens are used")
+    add_reference_flags(parser)
     parser.add_argument("--mlx-python", required=True, help="python of an environment with mlx-lm")
-    parser.add_argument("--tokens", type=flags.positive, default=64, help="tokens to compare")
-    parser.add_argument("--tolerance", type=flags.size, default=0.01, help="largest difference of a log-probability")
     return parser, parser.parse_args(argv)
 
 
@@ -31,7 +29,6 @@ def main(argv=None):
     import torch
 
     from lib.orders import to_json
-    from scripts.check_gguf import masked_logits
 
     with parser.user_errors():
         info = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8")).get("pruning_info")

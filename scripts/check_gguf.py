@@ -11,11 +11,16 @@ from scripts import flags, llamacpp
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     parser.add_argument("file", help=".gguf file written by scripts.export")
+    add_reference_flags(parser)
+    return parser, parser.parse_args(argv)
+
+
+def add_reference_flags(parser):
+    """Add the flags that say what transformers is asked, and how close the other program must come."""
     parser.add_argument("--model-path", required=True, help="the dense model: hub id, folder or .gguf file")
     parser.add_argument("--text", required=True, help="file of text; its first tokens are used")
     parser.add_argument("--tokens", type=flags.positive, default=64, help="tokens to compare")
     parser.add_argument("--tolerance", type=flags.size, default=0.01, help="largest difference of a log-probability")
-    return parser, parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -182,6 +182,18 @@ def read_windows(args, tokenizer, held_out=False):
     return corpus, documents, data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
 
 
+def check_search(args):
+    """Raise ValueError for what device, text flags and configuration already tell; return the model without weights."""
+    from lib.data import check_dataset
+    from lib.model import check_device, skeleton
+
+    check_device(args.device)
+    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
+    bare = skeleton(args.model_path, args.trust_remote_code)
+    check_seqlen(bare.config, args.ppl_eval_seqlen)
+    return bare
+
+
 def check_seqlen(config, seqlen):
     """Raise ValueError where the model has fewer positions than a window has tokens; one token has no target."""
     if seqlen < 2:

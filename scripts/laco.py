@@ -102,12 +102,9 @@ def check(args):
     """Raise ValueError for what flags and configuration tell; return (layers to remove or None, layers a merge)."""
     from lib.blocks import find_layers
     from lib.candidates import candidates
-    from lib.data import check_dataset
     from lib.laco import check_range
-    from lib.model import check_device, parameter_count, skeleton
+    from lib.model import parameter_count
 
-    check_device(args.device)
-    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
     flags.check_folder(args.output_dir, "--output-dir")
     folder = Path(args.output_dir).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
@@ -115,8 +112,7 @@ def check(args):
             raise ValueError(f"--output-dir {folder}: is not empty; pass --overwrite to replace an earlier checkpoint")
         if not (folder / "laco.json").is_file():
             raise ValueError(f"--output-dir {folder}: holds something else than this script's checkpoint; give another")
-    bare = skeleton(args.model_path, args.trust_remote_code)
-    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    bare = flags.check_search(args)
     layers = find_layers(bare)
     highest = len(layers) if args.highest is None else args.highest
     remove = args.del_layer_num
