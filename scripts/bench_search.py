@@ -93,6 +93,7 @@ def main(argv=None):
         result["same_order"] = [a.block for a, _ in compare] == [b.block for _, b in compare]
         result["same_scores"] = all(a.scores == b.scores for a, b in compare)
         result["order"] = orders[name]
+        result["perplexities"] = [s.perplexity for s in rounds[0][name]]
     whole = reference and len(reference) == K
     formula = formula_ratio([s.block for s in reference], blocks, decoder) if whole else None
     print_table(results)
