@@ -4,13 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from families import PARALLEL, TOYS, V, toy
+from memory import in_fresh_process, linux_only
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -401,40 +400,29 @@ def test_the_dtype_is_the_stored_one_or_the_one_asked_for(saved, tmp_path):
         assert json.loads((out / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads its own memory as Linux shows it")
-def test_memory_stays_far_below_the_models_size(tmp_path):
-    """Anonymous memory: what a process cannot give back, unlike the pages of the files it reads."""
+MEMORY = """
+from transformers import AutoModelForCausalLM
+from lib.export import export
+from lib.orders import Block
+_, small, big, out = sys.argv
+load = lambda folder: [t.clone() for t in AutoModelForCausalLM.from_pretrained(folder).parameters()]
+for folder in (small, big):  # the small one sets up whatever is set up once
+    exporting = peak(lambda: export(folder, [Block("mha", 0)], f"{out}-{folder == big}"))
+    loading = peak(lambda: load(folder))
+print(exporting, loading)
+"""
+
+
+@linux_only
+def test_memory_stays_far_below_the_models_size(toy_folder, tmp_path):
     model = toy("llama", hidden_size=1024, intermediate_size=8192, num_attention_heads=8)
     model.save_pretrained(tmp_path / "big")
     size = sum(4 * p.numel() for p in model.parameters())
     del model
     assert size > 300e6
-    done = threading.Event()
-
-    def peak(function):
-        before, most = anonymous(), [0]
-        done.clear()
-
-        def watch():
-            while not done.wait(0.002):
-                most[0] = max(most[0], anonymous())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        kept = function()
-        done.set()
-        watcher.join()
-        del kept
-        return most[0] - before
-
-    assert peak(lambda: export(tmp_path / "big", blocks("mha0"), tmp_path / "out")) < size / 4
-    whole = peak(lambda: [t.clone() for t in AutoModelForCausalLM.from_pretrained(tmp_path / "big").parameters()])
-    assert whole > 0.9 * size, "the measure sees a model that is in memory"
-
-
-def anonymous():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+    exporting, loading = in_fresh_process(MEMORY, toy_folder("llama"), tmp_path / "big", tmp_path / "out")
+    assert exporting < size / 4
+    assert loading > 0.9 * size, "the measure sees a model that is in memory"
 
 
 def test_every_format_has_a_flag():

@@ -1,13 +1,10 @@
 """Layer streaming: an offloaded model gives the numbers of one in memory, and moves each layer once."""
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from command_line import ROOT
 from families import V, toy
+from memory import in_fresh_process, linux_only
 
 from lib.blocks import Decoder
 from lib.model import load_model
@@ -74,41 +71,27 @@ def test_each_layer_is_moved_once_in_an_iteration(toy_folder, monkeypatch):
 
 
 MEMORY = """
-import sys, threading, torch
-torch.set_num_threads(1)
 from lib.blocks import Decoder
 from lib.model import load_model
 from lib.search import streamed
 _, folder, small, how = sys.argv
-rss = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-next(streamed(d := Decoder(load_model(small, "bf16", offload=True)), d.blocks(), torch.arange(64).view(2, 32), 1))
-before, peak, done = rss(), [0], threading.Event()
-def watch():
-    while not done.wait(0.002):
-        peak[0] = max(peak[0], rss())
-model = load_model(folder, "bf16", offload=how == "offload")
-threading.Thread(target=watch).start()
-decoder = Decoder(model)
-next(streamed(decoder, decoder.blocks(), torch.arange(64).view(2, 32), 1))
-done.set()
-print(peak[0] - before)
+def search(folder, offload):
+    decoder = Decoder(load_model(folder, "bf16", offload=offload))
+    next(streamed(decoder, decoder.blocks(), torch.arange(64).view(2, 32), 1))
+    return decoder
+search(small, True)  # whatever torch sets up once
+print(peak(lambda: search(folder, how == "offload")))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads its own memory as Linux shows it")
+@linux_only
 def test_weights_of_four_times_the_memory_are_searched(toy_folder, tmp_path):
-    """Peak anonymous memory of a search; float32 files computed in bf16, so that no weight is a view of its file."""
+    """Float32 files computed in bf16, so that no weight is a view of its file."""
     folder = tmp_path / "big"
     shutil.copytree(toy_folder("llama"), folder)
     model = toy("llama", vocab_size=256, hidden_size=256, intermediate_size=4096, num_hidden_layers=16)
     model.save_pretrained(folder)
     weights = 2 * sum(p.numel() for p in model.parameters())
-
-    def peak(how):
-        command = [sys.executable, "-c", MEMORY, str(folder), str(toy_folder("llama")), how]
-        # toy weights are small enough for glibc to keep once freed; real ones always go back to the system
-        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
-        return int(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout)
-
-    assert peak("offload") < weights / 4
-    assert peak("inside") > weights, "the measure sees weights that are in memory"
+    peaks = {how: in_fresh_process(MEMORY, folder, toy_folder("llama"), how)[0] for how in ("offload", "inside")}
+    assert peaks["offload"] < weights / 4
+    assert peaks["inside"] > weights, "the measure sees weights that are in memory"

@@ -1,14 +1,11 @@
 """The engines against a brute-force search by plain forward passes, and against each other, bit for bit."""
 import math
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
-from command_line import ROOT
 from families import TOYS, V, toy
+from memory import in_fresh_process, linux_only
 
 from lib.blocks import Block, Decoder
 from lib.evaluate import perplexity, window_losses
@@ -221,39 +218,24 @@ def test_a_target_that_equals_the_padding_token_counts():
 
 
 PEAK = """
-import sys, threading, torch
-torch.set_num_threads(1)
-sys.path.insert(0, "tests")
 from families import toy
 from lib.blocks import Decoder
 from lib.search import cached, exhaustive
 decoder = Decoder(toy("llama", hidden_size=64, num_hidden_layers=8))
 windows = torch.randint(96, (32, 128))
-rss = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-def peak(engine, **options):
-    before, most, done = rss(), [0], threading.Event()
-    def watch():
-        while not done.wait(0.01):
-            most[0] = max(most[0], rss())
-    thread = threading.Thread(target=watch)
-    thread.start()
-    list(engine(decoder, decoder.blocks(), windows, 2, batch_size=16, **options))
-    done.set()
-    thread.join()
-    return most[0] - before
+search = lambda engine, **options: list(engine(decoder, decoder.blocks(), windows, 2, batch_size=16, **options))
 list(exhaustive(decoder, decoder.blocks(), windows[:4], 1))  # whatever torch sets up once
-print(peak(exhaustive), *[peak(cached, cache_bytes=int(budget)) for budget in sys.argv[1:]])
+print(peak(lambda: search(exhaustive)))
+for budget in sys.argv[1:]:
+    print(peak(lambda: search(cached, cache_bytes=int(budget))))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads its own memory as Linux shows it")
+@linux_only
 def test_cached_takes_what_exhaustive_takes_and_its_budget():
-    """Peak anonymous memory; keeping everything takes 8 states of 1 MiB for the base model and up to 56 more."""
+    """Keeping everything takes 8 states of 1 MiB for the base model and up to 56 more."""
     budgets = [0, 12 * 2**20, 10**9]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}  # freed states go back to the system
-    command = [sys.executable, "-c", PEAK, *map(str, budgets)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    plain, nothing, some, everything = map(int, done.stdout.split())
+    plain, nothing, some, everything = in_fresh_process(PEAK, *budgets)
     slack = 4 * 2**20  # small tensors and the allocator's own
     assert nothing <= plain + slack
     assert some <= plain + budgets[1] + slack
