@@ -29,6 +29,7 @@ SETTINGS = (
     "device", "engine", "race_confidence", "text_sha256",
 )  # fmt: skip
 BEFORE = {"metric": "ppl", "protect_first": 0, "protect_last": 0}  # what files without these settings were made with
+SAME_WEIGHTS = 1e-3  # dense perplexities this near are one model's: other threads or versions round otherwise
 
 GREEDY = ("ppl", "kl")  # searched: judged again after each removal
 ONE_SHOT = ("ppl-oneshot", "kl-oneshot", "bi", "rm", "taylor", "magnitude", "last", "random")  # judged once
@@ -144,6 +145,10 @@ def main(argv=None):
         return
     if not math.isfinite(dense):
         print(f"warning: the dense model's perplexity is {dense}; try --compute-dtype fp32", file=sys.stderr)
+    there = float(meta.get("dense_perplexity", dense)) if order else dense
+    if not (math.isclose(there, dense, rel_tol=SAME_WEIGHTS) or math.isnan(there) and math.isnan(dense)):
+        parser.error(f"{path}: searched with other weights: the dense model's perplexity was {there:.4f} on this text, "
+                     f"now it is {dense:.4f}; pass --overwrite to replace it, or give another --ppl-search-path")
     meta["dense_perplexity"] = dense
 
     before = len(order)

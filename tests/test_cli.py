@@ -6,10 +6,12 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import transformers
 from command_line import SMALL, flags, scores, shell, start, tree, write_gguf
+from safetensors.torch import load_file, save_file
 
 import block_search
 from lib.blocks import Block, Decoder
@@ -196,6 +198,21 @@ def test_other_words_in_the_same_file_are_noticed(search, refused, tmp_path, tex
     search(cal_dataset=copy)
     copy.write_text(text.read_text().replace("foxes", "boxes"))
     refused("text_sha256", "--overwrite", cal_dataset=copy)
+
+
+def test_other_weights_in_the_same_folder_are_noticed(search, tmp_path, toy_folder):
+    folder = tmp_path / "model"
+    shutil.copytree(toy_folder(), folder)
+    path = Path(search(model_path=folder).result["order_file"])
+    written = path.read_bytes()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    run = search(model_path=folder, del_block_num=3)
+    assert run.code == 2 and run.err.count("\n") == 1
+    assert all(said in run.err for said in (str(path), "other weights", "--overwrite"))
+    assert path.read_bytes() == written
+    assert search(model_path=folder, del_block_num=3, overwrite=True).code == 0
 
 
 @pytest.mark.parametrize("content, says", (
