@@ -51,7 +51,7 @@ def main(argv=None):
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
-    flags.warn_of_other_model(args, meta)
+    flags.warn_of_order(args, meta, order)
 
     def measure():
         losses = window_losses(decoder, windows, args.ppl_eval_batch_size)

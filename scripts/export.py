@@ -41,7 +41,7 @@ def main(argv=None):
             args.model_path, removed, args.output_dir, args.format, args.compute_dtype, args.overwrite,
             args.trust_remote_code, meta, flags.versions(),
         )  # fmt: skip
-    flags.warn_of_other_model(args, meta)
+    flags.warn_of_order(args, meta, removed)
     print(f"model         {args.model_path}: {result['dense_parameters']:,} parameters")
     print(f"removed       {len(removed)} blocks: {' '.join(map(str, removed)) or 'none'}")
     print(f"left          {result['parameters']:,} parameters, pruning ratio {result['removed_percent']:.2f} %")

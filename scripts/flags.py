@@ -146,11 +146,15 @@ def check_removals(args, order, meta, bare):
     )
 
 
-def warn_of_other_model(args, meta):
-    """Warn where the order was searched on a model of another name."""
+def warn_of_order(args, meta, removed):
+    """Warn where the order was searched on a model of another name, or where part of one run of layers is removed."""
     searched = Path(str(meta.get("model", args.model_path))).name
     if searched != Path(args.model_path).name:
         print(f"warning: the order was searched on {searched}", file=sys.stderr)
+    window = meta.get("window")
+    if isinstance(window, int) and 0 < len(removed) < 2 * window:
+        print(f"warning: {len(removed)} of {2 * window} blocks of a run of {window} layers that was chosen as a whole; "
+              "for less, search with a smaller --del-block-num", file=sys.stderr)
 
 
 def check_folder(folder, flag):

@@ -224,6 +224,13 @@ def test_an_order_of_another_model_of_the_same_depth_is_warned_about(evaluate, t
         assert run.code == 0 and len(run.err.splitlines()) == 1 and "warning: the order was searched on" in run.err
 
 
+def test_a_part_of_a_run_of_layers_is_warned_about(search, evaluate):
+    path = search(metric="angular", block_type="layer", del_block_num=4).result["order_file"]
+    run = evaluate(ppl_search_file=path, del_block_num=2)
+    assert run.code == 0 and "warning: 2 of 4 blocks of a run of 2 layers" in run.err
+    assert "warning" not in evaluate(ppl_search_file=path, del_block_num=4).err
+
+
 # ---- text ----------------------------------------------------------------------------------------
 
 
