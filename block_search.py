@@ -26,10 +26,9 @@ from scripts import flags
 SETTINGS = (
     "model", "metric", "block_type", "protect_first", "protect_last", "window",
     "dataset", "split", "text_column", "seed", "documents", "seqlen", "batch_size", "dtype",
-    "device", "engine", "race_confidence", "text_sha256",
+    "device", "engine", "race_confidence", "text_sha256", "weights",
 )  # fmt: skip
 BEFORE = {"metric": "ppl", "protect_first": 0, "protect_last": 0}  # what files without these settings were made with
-SAME_WEIGHTS = 1e-3  # dense perplexities this near are one model's: other threads or versions round otherwise
 
 GREEDY = ("ppl", "kl")  # searched: judged again after each removal
 ONE_SHOT = ("ppl-oneshot", "kl-oneshot", "bi", "rm", "taylor", "magnitude", "last", "random")  # judged once
@@ -145,10 +144,6 @@ def main(argv=None):
         return
     if not math.isfinite(dense):
         print(f"warning: the dense model's perplexity is {dense}; try --compute-dtype fp32", file=sys.stderr)
-    there = float(meta.get("dense_perplexity", dense)) if order else dense
-    if not (math.isclose(there, dense, rel_tol=SAME_WEIGHTS) or math.isnan(there) and math.isnan(dense)):
-        parser.error(f"{path}: searched with other weights: the dense model's perplexity was {there:.4f} on this text, "
-                     f"now it is {dense:.4f}; pass --overwrite to replace it, or give another --ppl-search-path")
     meta["dense_perplexity"] = dense
 
     before = len(order)
@@ -310,8 +305,11 @@ def count_evaluations(args, plan, done):
 
 def describe(args, corpus, windows, plan):
     """Return the order file's meta before the first removal."""
+    from lib.model import fingerprint
+
     return {
-        "model": args.model_path, "layers": len(plan.layers), "metric": args.metric, "block_type": args.block_type,
+        "model": args.model_path, "weights": fingerprint(args.model_path), "layers": len(plan.layers),
+        "metric": args.metric, "block_type": args.block_type,
         "protect_first": args.protect_first, "protect_last": args.protect_last, "window": plan.window,
         "dataset": args.cal_dataset,
         "source": corpus.source, "split": corpus.split, "text_column": args.text_column, "seed": args.seed,
@@ -334,7 +332,7 @@ def resume(path, meta, overwrite):
     if overwrite or not Path(path).exists():
         return [], meta
     order, old = read_order(path)
-    there = BEFORE | old
+    there = BEFORE | {"weights": meta["weights"]} | old  # files of before do not tell the weights
     differ = [f"{key} {there.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS if there.get(key) != meta[key]]
     if differ:
         what = f"with other settings ({'; '.join(differ)})" if old else "and does not say how it was searched"

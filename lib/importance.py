@@ -73,15 +73,15 @@ def magnitude(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
 def taylor(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     """Return the sum of abs(w dL/dw) over all parameters that leave with the unit, norms included.
 
-    L is the sum over windows of a window's mean next-token loss, so the batch size does not matter.
-    Needs memory for the activations of a batch and for the units' gradients, summed in float32 or
+    L is the sum over windows of a window's mean next-token loss. A window at a time, whatever the batch size:
+    its activations must fit the device. The units' gradients are summed in host memory, in float32 or
     better. Raises ValueError where there are no gradients: quantised or offloaded weights.
     """
     check_weights(decoder, units, "--metric taylor", inside=True)
     parts = {unit: decoder.parameters([unit]) for unit in units}
     wanted = {id(p): p for parameters in parts.values() for p in parameters}
     with _gradients(decoder.model, wanted.values()) as gradients:
-        for ids in windows.split(batch_size):
+        for ids in windows.split(1):
             ids = ids.to(decoder.input_device)
             logits = decoder.model(input_ids=ids, use_cache=False).logits
             logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -92,7 +92,7 @@ def taylor(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
             if progress:
                 progress(len(ids))
         return {
-            unit: sum((p.detach() * gradients[id(p)]).abs().sum(dtype=torch.float64).item() for p in parts[unit])
+            unit: sum((p.detach().cpu() * gradients[id(p)]).abs().sum(dtype=torch.float64).item() for p in parts[unit])
             for unit in units
         }
 
@@ -185,12 +185,15 @@ def check_weights(decoder, units, method, inside=False):
 
 @contextlib.contextmanager
 def _gradients(model, parameters):
-    """Within this context a backward pass adds to {id(p): gradient}, float32 or better; the model is restored."""
+    """Within this context a backward pass adds to {id(p): gradient}, in host memory, float32 or better.
+
+    The model is restored.
+    """
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     sums, hooks = {}, []
 
     def gather(p):
-        sums[id(p)] += p.grad
+        sums[id(p)] += p.grad.cpu()
         p.grad = None
 
     try:
@@ -198,7 +201,7 @@ def _gradients(model, parameters):
         for p in parameters:
             p.grad = None
             p.requires_grad_(True)
-            sums[id(p)] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            sums[id(p)] = torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32))
             hooks.append(p.register_post_accumulate_grad_hook(gather))
         with torch.enable_grad():
             yield sums

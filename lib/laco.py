@@ -123,11 +123,9 @@ def check_range(n_layers, merge, lowest, highest, remove=None):
 
 
 def check_mergeable(decoder):
-    """Raise ValueError where a decoder's layers are no stack of linear projections of one class of transformers."""
+    """Raise ValueError where a decoder's layers are no stack of linear projections of the same shapes."""
     model, name = decoder.model, type(decoder.layers[0]).__name__
     check_weights(decoder, [Block("layer", i) for i in range(decoder.n_layers)], "LaCo", inside=True)
-    if not type(model).__module__.startswith("transformers."):
-        raise ValueError(f"LaCo: {name} is code of the checkpoint's own, and a stock checkpoint has none")
     shapes = [[(n, p.shape) for n, p in projections(decoder, i)] for i in range(decoder.n_layers)]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"LaCo: the layers of {type(model).__name__} differ in shape and cannot be merged")
@@ -137,6 +135,16 @@ def check_mergeable(decoder):
         raise ValueError(
             f"LaCo: {name} keeps weights outside its linear projections ({', '.join(rest)}), such as experts; merging "
             "is defined for dense layers: take another method for this family"
+        )
+
+
+def check_writable(decoder):
+    """Raise ValueError where a stock checkpoint cannot hold the collapsed model: it has no code of its own."""
+    if not type(decoder.model).__module__.startswith("transformers."):
+        name = type(decoder.layers[0]).__name__
+        raise ValueError(
+            f"LaCo: {name} is code of the checkpoint's own, and a stock checkpoint has none; scripts.compare measures "
+            "the merged model without writing it"
         )
 
 
@@ -161,6 +169,7 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
     """
     from transformers import AutoModelForCausalLM
 
+    check_writable(decoder)
     model, L = decoder.model, decoder.n_layers
     ids = torch.arange(16, device=decoder.input_device).unsqueeze(0) % model.config.vocab_size
     stream = decoder.embed(ids)

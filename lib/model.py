@@ -8,6 +8,7 @@ weight is read; a checkpoint that would leave weights at random values is refuse
 """
 import contextlib
 import functools
+import hashlib
 import logging
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+PIECES = 1024  # of each weight file, read to tell checkpoints apart
 HINTS = {  # what to do where a part of a model cannot be read
     "configuration": "config.json must be of a model that this transformers knows; copy or download it again",
     "tokenizer": "tokenizer.json, or tokenizer.model, and tokenizer_config.json belong beside the weights",
@@ -113,6 +115,31 @@ def load_tokenizer(path, trust_remote_code=False):
     # The text is tokenized once and then cut; the tokenizer's own limit would only print a warning.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
+
+
+def fingerprint(path):
+    """Return 16 hex digits that tell one checkpoint's weights from another's at the same path.
+
+    Of a folder or .gguf file: names and sizes of the weight files, and PIECES pieces of each, evenly spread, so that
+    no change of a run of bytes longer than the gap between them is missed. Of a hub model: the commit that is cached.
+    """
+    where, gguf = locate(path)
+    folder = Path(where)
+    if not folder.is_dir():
+        import huggingface_hub
+
+        cached = huggingface_hub.try_to_load_from_cache(where, "config.json")
+        return Path(cached).parent.name[:16] if isinstance(cached, str) else "not cached"
+    files = {f for pattern in ((gguf,) if gguf else WEIGHTS) for f in folder.glob(pattern)}
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            for k in range(PIECES):
+                opened.seek(k * size // PIECES)
+                digest.update(opened.read(min(1024, size // PIECES + 1)))
+    return digest.hexdigest()[:16]
 
 
 def parameter_count(model):

@@ -35,7 +35,7 @@ def main(argv=None):
 
     args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
-        check(args)
+        dtype = check(args)
         tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
         corpus, _, windows = flags.read_windows(args, tokenizer)
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
@@ -48,6 +48,8 @@ def main(argv=None):
     found = similarities(decoder, (), windows, args.ppl_eval_batch_size).angular
     distances = {n: {i: found[i, i + n].item() for i in range(L - n + 1)} for n in range(1, L + 1)}
     with parser.user_errors():
+        if not all(map(ranked, distances.values())):
+            raise ValueError(f"--compute-dtype {args.compute_dtype}: states are not finite; try fp32")
         write_file(Path(args.output_dir) / "distances.csv", table(distances).encode())
         draw(Path(args.output_dir) / "distances.png", distances)
         result = {"distances": str(Path(args.output_dir) / "distances.csv"), "layers": L, "windows": len(windows)}
@@ -56,7 +58,7 @@ def main(argv=None):
             print(f"nearest       {n:3d} layers: {start}..{start + n - 1}, distance {distances[n][start]:.4f}")
         if n := args.layers_to_skip:
             start, path = ranked(distances[n])[0], Path(args.output_dir) / "slices.yaml"
-            write_file(path, slices(args.model_path, L, start, n, args.compute_dtype).encode())
+            write_file(path, slices(args.model_path, L, start, n, dtype).encode())
             result |= {"slices": str(path), "start": start, "layers_to_skip": n, "distance": distances[n][start]}
     print(to_json(result))
 
@@ -78,21 +80,24 @@ def table(distances):
     return "\n".join(["n,i,distance", *rows]) + "\n"
 
 
-def slices(model_path, n_layers, start, n, dtype="bf16"):
-    """Return MergeKit's YAML that leaves layers [start, start + n) out: passthrough, one source a slice."""
+def slices(model_path, n_layers, start, n, dtype):
+    """Return MergeKit's YAML that leaves layers [start, start + n) out: passthrough, one source a slice.
+
+    dtype: of the result, as torch and the checkpoint's config.json name it.
+    """
     import json
 
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-    name = json.dumps(str(Path(model_path).absolute()) if Path(model_path).exists() else str(model_path))
+    path = Path(model_path).expanduser()
+    name = json.dumps(str(path.absolute()) if path.exists() else str(model_path))
     lines = ["slices:"]
     for first, end in ((0, start), (start + n, n_layers)):
         if first < end:
             lines += ["  - sources:", f"      - model: {name}", f"        layer_range: [{first}, {end}]"]
-    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {names[dtype]}"]) + "\n"
+    return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}"]) + "\n"
 
 
 def check(args):
-    """Raise ValueError for what flags, folders and the configuration already tell."""
+    """Raise ValueError for what flags, folders and the configuration already tell; return the checkpoint's dtype."""
     from lib.blocks import find_layers
 
     flags.check_folder(args.output_dir, "--output-dir")
@@ -102,6 +107,7 @@ def check(args):
         raise ValueError(f"--layers-to-skip {args.layers_to_skip}: {args.model_path} has {L} layers; use 1..{L - 1}")
     if args.layers_to_skip and str(args.model_path).endswith(".gguf"):
         raise ValueError("--layers-to-skip: MergeKit reads no .gguf file; give the model's folder or hub id")
+    return str(bare.config.dtype or "float32").removeprefix("torch.")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ class Job(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """What all cells share. calibration: a Text; corpus: where it is from; texts: those of the perplexities."""
+    """What all cells share. calibration: a Text; corpus: where it is from; texts: those of the perplexities;
+    parameters: their number; weights: the checkpoint's fingerprint."""
 
     args: object
     decoder: object
@@ -80,6 +81,7 @@ class Bench(NamedTuple):
     calibration: Text
     texts: list
     parameters: int
+    weights: str
 
     @property
     def folder(self):
@@ -97,18 +99,28 @@ def fill(bench, job):
             start = time.perf_counter()
             cell |= remove(bench, job)
             cell["seconds"]["removal"] = time.perf_counter() - start
+            write_json(path, cell)
         missing = [key for key in wanted if key not in cell["measured"]]
         with weights_of(bench, cell) if missing else contextlib.nullcontext():
             for key in missing:
                 start = time.perf_counter()
-                cell["measured"][key] = wanted[key](removed_blocks(cell))
+                try:
+                    cell["measured"][key] = wanted[key](removed_blocks(cell))
+                except Exception as error:  # the other measurements go on, and are kept
+                    failed = failed or reason(error)
+                    continue
                 cell["seconds"][key] = time.perf_counter() - start
                 write_json(path, cell)
                 new += 1
     except Exception as error:  # whatever a cell meets, the other cells go on, and the table says what it was
-        reason = " ".join(str(error).split()) or "no message"
-        failed = reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
+        failed = reason(error)
     return row_of(bench, job, cell, failed), losses_of(bench, cell), new
+
+
+def reason(error):
+    """Return one line about an exception."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def open_cell(bench, job):
@@ -130,8 +142,8 @@ def cell_settings(bench):
     """Return the settings that decide which blocks go, and with which numbers."""
     args = bench.args
     return {
-        "model": args.model_path, "dtype": args.compute_dtype, "device": args.device, "search": args.search,
-        "batch_size": args.ppl_eval_batch_size, "calibration": bench.calibration.about,
+        "model": args.model_path, "weights": bench.weights, "dtype": args.compute_dtype, "device": args.device,
+        "search": args.search, "batch_size": args.ppl_eval_batch_size, "calibration": bench.calibration.about,
     }  # fmt: skip
 
 
@@ -169,7 +181,7 @@ def remove(bench, job):
 
 
 def merge(bench, job):
-    """Return what a cell of LaCo holds: {"removed", "order_file", "merged": the layers that are left}.
+    """Return what a cell of LaCo holds: {"removed", "order_file", "merged": the layers that are left, "laco": how}.
 
     As many layers go as the ratio takes, in the largest merges of 4, 3 or 2 layers that reach just that.
     """
@@ -196,7 +208,8 @@ def merge(bench, job):
         Printer(job).write(f"layers {place}..{place + C - 1} of what was there merged, similarity {similarity:.4f}")
     with laco.applied(decoder, found.layers) as gone:
         removed = [str(block) for block in blocks_of(gone)]
-    return {"removed": removed, "order_file": None, "merged": found.layers}
+    how = {"merge_layers": C, "threshold": found.threshold, "merges": found.merges}
+    return {"removed": removed, "order_file": None, "merged": found.layers, "laco": how}
 
 
 def weights_of(bench, cell):
@@ -331,12 +344,17 @@ def torch_sums(sums):
 
 
 def row_of(bench, job, cell, failed):
-    """Return the row of lib.tables; perplexities are put in by finish."""
+    """Return the row of lib.tables; perplexities are put in by finish.
+
+    A failure is the row's where a perplexity is missing; else it is `incomplete`, and what was measured is shown.
+    """
     args, parameters = bench.args, bench.parameters
+    whole = all(text_key(text) in cell["measured"] for text in bench.texts)
+    incomplete, failed = (failed, None) if whole else (None, failed)
     row = {"method": job.method, "label": job.method, "ratio": 100 * job.ratio, "seed": job.seed, "removed": [],
            "removed_percent": None, "parameters": None, "perplexity": {}, "tasks": {}, "speed": None,
-           "order_file": cell.get("order_file"), "failed": failed,
-           "seconds": sum(cell["seconds"].values())}  # fmt: skip
+           "order_file": cell.get("order_file"), "laco": cell.get("laco"), "failed": failed,
+           "incomplete": incomplete, "seconds": sum(cell["seconds"].values())}  # fmt: skip
     if failed is None:
         gone = bench.decoder.block_parameters(removed_blocks(cell))
         found = {task: cell["measured"].get(task_key(args, task)) for task in args.tasks}

@@ -28,7 +28,7 @@ def parse_args(argv=None):
     parser.add_argument("--methods", nargs="+", type=method, metavar="METHOD",
                         default=["blockpruner", "sleb", "bi", "rm", "random"],
                         help=f"rows of the table: {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--ratios", nargs="+", type=flags.fraction, default=[0.1, 0.2, 0.25], metavar="R",
+    parser.add_argument("--ratios", nargs="+", type=share, default=[0.1, 0.2, 0.25], metavar="R",
                         help="shares of the parameters that must go at least")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=flags.count, default=[0, 1, 2], metavar="N", help="draws of random")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=256, help="documents to calibrate on")
@@ -61,6 +61,13 @@ def parse_args(argv=None):
     return parser, args
 
 
+def share(text):
+    """argparse type: a share above 0; the dense model is in every table."""
+    if flags.fraction(text) == 0:
+        raise argparse.ArgumentTypeError("0 removes nothing, and the dense model is there anyway; use shares above 0")
+    return flags.fraction(text)
+
+
 def method(name):
     """argparse type: a key of METHODS; NAME-layer is NAME."""
     plain = name.removesuffix("-layer")
@@ -72,7 +79,7 @@ def method(name):
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib.blocks import Decoder
-    from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
+    from lib.model import default_device, dtype_note, fingerprint, load_model, load_tokenizer, parameter_count
     from lib.orders import to_json
 
     args.device = args.device or default_device()
@@ -84,7 +91,8 @@ def main(argv=None):
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         for text in (calibration, *texts):
             flags.check_tokens(text.windows, model)
-        bench = Bench(args, Decoder(model), tokenizer, corpus, calibration, texts, parameter_count(model))
+        bench = Bench(args, Decoder(model), tokenizer, corpus, calibration, texts, parameter_count(model),
+                      fingerprint(args.model_path))  # fmt: skip
     jobs = list_jobs(args)
     summary = describe(bench)
     print("\n".join(caption(summary)))
@@ -97,13 +105,15 @@ def main(argv=None):
         with parser.user_errors():  # a kept file that cannot be read
             row, losses[job], new = fill(bench, job)
         summary["rows"].append(row)
+        if row["incomplete"]:
+            summary["reduced"].append(f"INCOMPLETE: {job} at {row['ratio']:g} %: {row['incomplete']}")
         measured += new
         finish(bench, summary, losses)
         print(f"{k:4d}/{len(jobs)}  {told(job, row, new)}", flush=True)
     summary["seconds"] = time.perf_counter() - start
     markdown, page = write_tables(bench, summary)
     print(f"\n{markdown}")
-    failed = sum(row["failed"] is not None for row in summary["rows"])
+    failed = sum(bool(row["failed"] or row["incomplete"]) for row in summary["rows"])
     print(to_json({
         "result": str(bench.folder / "compare.json"), "page": page and str(page), "cells": len(jobs), "failed": failed,
         "measurements": measured, "reduced": summary["reduced"], "seconds": summary["seconds"],
@@ -118,6 +128,7 @@ def check(args):
     import eval as evaluation  # the builtin keeps its name
     from lib import tasks
     from lib.blocks import find_layers
+    from lib.checkpoint import check_whole
     from lib.data import check_dataset
     from lib.model import check_device, skeleton
 
@@ -138,6 +149,7 @@ def check(args):
     if unknown:
         raise ValueError(f"--limit {unknown[0]}=...: neither among --tasks nor --eval-datasets")
     bare = skeleton(args.model_path, args.trust_remote_code)
+    check_whole(bare.config, args.model_path)
     flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
     find_layers(bare)
 
@@ -204,12 +216,13 @@ def finish(bench, summary, losses):
     for text in bench.texts:
         T = bench.args.ppl_eval_seqlen
         good = {job: losses[job][text.name] for job, row in rows if row["failed"] is None}
+        dense = next((losses[job].get(text.name) for job in losses if not job.ratio), None)
         for job, row in rows:
             if row["failed"] is None:
                 mine = good[job]
-                base = next((v for other, v in good.items() if not other.ratio), None)
-                base = 0 * mine if base is None or not job.ratio else base
-                value, (_, error) = perplexity(mine, T), paired_difference(mine, base, T)
+                base, value, error = dense if job.ratio else 0 * mine, perplexity(mine, T), None
+                if base is not None:
+                    _, error = paired_difference(mine, base, T)
                 error = None if error is None else value * error
                 row["perplexity"][text.name] = {"value": value, "error": error, "level": False}
         for ratio in {job.ratio for job, _ in rows if job.ratio}:
@@ -279,6 +292,8 @@ def told(job, row, new):
         return f"{job!s:22s} {row['ratio']:5.4g} %  failed: {row['failed']}"
     numbers = [f"{name} {p['value']:.4f}" for name, p in row["perplexity"].items()]
     numbers += [f"{name} {100 * task['score']:.2f}" for name, task in row["tasks"].items()]
+    if row["incomplete"]:
+        numbers.append(f"failed: {row['incomplete']}")
     kept = "" if new else "  (kept)"
     return (f"{job!s:22s} {row['ratio']:5.4g} %  {len(row['removed']):3d} blocks, {row['removed_percent']:6.2f} %  "
             f"{'  '.join(numbers)}{kept}")  # fmt: skip

@@ -49,7 +49,7 @@ def main(argv=None):
     parser, args = parse_args(argv)
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
-    from lib.laco import check_mergeable, collapse, write
+    from lib.laco import check_mergeable, check_writable, collapse, write
     from lib.model import default_device, load_model, load_tokenizer, parameter_count
     from lib.orders import to_json
 
@@ -62,6 +62,7 @@ def main(argv=None):
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
         check_mergeable(decoder)
+        check_writable(decoder)
     L, total = decoder.n_layers, parameter_count(model)
     print(f"model         {args.model_path}: {total:,} parameters, {L} layers, {args.device}, {args.compute_dtype}")
     print(f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "

@@ -53,7 +53,12 @@ done
 read -ra flags <<<"${FLAGS:-}"
 python=${PYTHON:-$root/.venv/bin/python}
 [[ -n ${PYTHON:-} || -x $python ]] || python=python3
+failed=()
 for name in "${@:-${rows[@]}}"; do
     echo "== $name"
-    row "$name"
+    row "$name" || { code=$? && failed+=("$name"); } # a model that is gated or refused stops no other
 done
+if ((${#failed[@]})); then
+    echo "paper_table.sh: error: ${failed[*]} failed, for the reason above; run again to go on" >&2
+    exit "$code"
+fi

@@ -329,6 +329,35 @@ def test_a_cell_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compari
     assert run.result["failed"] == 1 and run.result["measurements"] == 4
 
 
+def test_a_task_that_fails_hides_no_other_number(comparison, monkeypatch, task_data, tmp_path):
+    from scripts import cells as module
+
+    def broken(bench, task, removed):
+        if task == "piqa":
+            raise RuntimeError("the hub is down")
+        return {"score": 0.5, "stderr": 0.1}
+
+    monkeypatch.setattr(module, "run_task", broken)
+    plain = comparison("last", "0.1 0.3", output_dir=tmp_path / "plain")[1]
+    run, summary = comparison("last", "0.1 0.3", tasks="piqa arc_easy", task_ratios=0.3, task_data=task_data)
+    assert [row["perplexity"] for row in summary["rows"]] == [row["perplexity"] for row in plain["rows"]]
+    tasks = [{name: task["score"] for name, task in row["tasks"].items()} for row in summary["rows"]]
+    assert tasks == [{"arc_easy": 0.5}, {"arc_easy": 0.5}, {}]
+    assert run.result["failed"] == 2
+    assert "INCOMPLETE: last at 30 %: RuntimeError: the hub is down" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_other_weights_at_the_same_path_are_measured_anew(comparison, damaged, tmp_path):
+    from families import toy
+
+    folder = damaged()
+    first, before = comparison("last", "0.3", model_path=folder)
+    toy("llama", seed=5, vocab_size=256).save_pretrained(folder)
+    again, after = comparison("last", "0.3", model_path=folder)
+    assert again.result["measurements"] == first.result["measurements"]
+    assert [row["perplexity"] for row in after["rows"]] != [row["perplexity"] for row in before["rows"]]
+
+
 def test_a_model_without_finite_numbers_fails_cell_by_cell(comparison, damaged, tmp_path):
     from safetensors.torch import load_file, save_file
 

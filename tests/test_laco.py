@@ -3,6 +3,7 @@ import copy
 import csv
 import json
 import math
+import shutil
 
 import matplotlib.image
 import pytest
@@ -11,6 +12,7 @@ import transformers
 import yaml
 from command_line import SMALL, assert_refused, flags, tree
 from families import V, toy
+from safetensors.torch import load_file, save_file
 
 from lib.blocks import Decoder
 from lib.laco import VARIANTS, applied, collapse, write
@@ -115,9 +117,12 @@ def test_layers_keep_what_depends_on_their_place(tmp_path):
 
 
 def test_families_without_a_merge_are_refused_by_name(tmp_path):
-    for name, says in (("mixtral", "MixtralDecoderLayer.*experts"), ("baichuan", "DecoderLayer is code of the")):
-        with pytest.raises(ValueError, match=says):
-            collapse(Decoder(toy(name)), WINDOWS, 2, remove=1)
+    with pytest.raises(ValueError, match="MixtralDecoderLayer.*experts"):
+        collapse(Decoder(toy("mixtral")), WINDOWS, 2, remove=1)
+    decoder = Decoder(toy("baichuan"))  # can be merged and measured, not written
+    found = collapse(decoder, WINDOWS, 2, remove=1)
+    with pytest.raises(ValueError, match="DecoderLayer is code of the"):
+        write(decoder, found, tmp_path / "short")
     decoder = Decoder(toy("gpt2", scale_attn_by_inverse_layer_idx=True, n_layer=L))
     found = collapse(decoder, WINDOWS, 2, remove=3)
     with pytest.raises(ValueError, match="GPT2LMHeadModel.*depends on its number"):
@@ -195,7 +200,7 @@ def test_laco_refuses_in_one_line(run, toy_folder, tmp_path):
 
 
 def test_the_table_of_angles_and_the_mergekit_file(run, toy_folder, tmp_path, search):
-    result = run(angular, layers_to_skip=2, compute_dtype="fp32").result
+    result = run(angular, layers_to_skip=2).result
     with open(tmp_path / "out" / "distances.csv") as file:
         rows = [(int(row["n"]), int(row["i"]), float(row["distance"])) for row in csv.DictReader(file)]
     assert [(n, i) for n, i, _ in rows] == [(n, i) for n in range(1, 7) for i in range(7 - n)]
@@ -207,7 +212,7 @@ def test_the_table_of_angles_and_the_mergekit_file(run, toy_folder, tmp_path, se
     start = min((d, i) for n, i, d in rows if n == 2)[1]
     assert order.result["order"][0] == f"mha{start}" and result["start"] == start and 0 < rows[0][2] < 1
     file = yaml.safe_load((tmp_path / "out" / "slices.yaml").read_text())
-    assert file["merge_method"] == "passthrough" and file["dtype"] == "float32"
+    assert file["merge_method"] == "passthrough" and file["dtype"] == "float32", "the checkpoint's own"
     assert all(len(part["sources"]) == 1 for part in file["slices"])
     kept = [i for part in file["slices"] for i in range(*part["sources"][0]["layer_range"])]
     assert kept == [i for i in range(6) if not start <= i < start + 2]
@@ -216,12 +221,20 @@ def test_the_table_of_angles_and_the_mergekit_file(run, toy_folder, tmp_path, se
 
 def test_mergekit_slices_have_no_empty_part():
     for start, ranges in ((0, [[2, 6]]), (4, [[0, 4]]), (1, [[0, 1], [3, 6]])):
-        file = yaml.safe_load(angular.slices("owner/a: b", 6, start, 2))
+        file = yaml.safe_load(angular.slices("owner/a: b", 6, start, 2, "float16"))
+        assert file["dtype"] == "float16"
         assert [part["sources"][0]["layer_range"] for part in file["slices"]] == ranges
         assert file["slices"][0]["sources"][0]["model"] == "owner/a: b"
 
 
-def test_angular_refuses_in_one_line(run, tmp_path, text):
+def test_angular_refuses_in_one_line(run, tmp_path, text, damaged):
+    folder = damaged()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][:] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    done = run(angular, model_path=folder)
+    assert done.code == 2 and "states are not finite; try fp32" in done.err and not (tmp_path / "out").exists()
+    shutil.rmtree(folder)
     assert_refused(run(angular, layers_to_skip=6), "--layers-to-skip 6", "6 layers", "1..5")
     assert_refused(run(angular, output_dir=text), str(text), "not a folder")
     assert_refused(run(angular, model_path=""), "--model-path is missing")

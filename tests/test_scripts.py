@@ -174,7 +174,8 @@ def test_paper_table_takes_local_models_and_flags_and_runs_all_six(checkout):
     assert {(args.task_data, *args.methods) for args in parsed} == {("t", "last")}
     code, error, commands = run("paper_table.sh", "llama2_7b", "llama3")
     assert (code, error.count("\n"), commands) == (2, 1, []) and "llama3: no such row" in error
-    assert run("paper_table.sh", FAIL="--seeds")[0] == 3
+    code, error, commands = run("paper_table.sh", FAIL="--trust-remote-code")
+    assert code == 3 and len(commands) == 6 and "error: baichuan2_7b baichuan2_13b failed" in error
 
 
 def claim(script):
