@@ -42,7 +42,7 @@ def parse_args(argv=None):
     parser.add_argument("--ppl-search-path", default="ppls", help="folder of the order file; made when missing")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--del-block-num", type=flags.count, default=0, help="blocks to remove")
-    amount.add_argument("--target-ratio", type=flags.fraction, default=None,
+    amount.add_argument("--target-ratio", type=flags.share, default=None,
                         help="remove the fewest that reach this share of all parameters")  # fmt: skip
     parser.add_argument("--block-type", choices=("mha", "mlp", "mix", "layer"), default="mix",
                         help="blocks to search; layer: both of a layer together, counted as two")
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--protect-first", type=flags.count, default=0, help="lowest layers to keep whole")
     parser.add_argument("--protect-last", type=flags.count, default=0, help="topmost layers to keep whole")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=128, help="documents to draw (not windows)")
-    flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
+    flags.add_text_flags(parser, dataset="alpaca", batch_size=None)
     parser.add_argument("--search", choices=("cached", "race", "exhaustive"), default="cached",
                         help="cached: the exact order, shared work; race: approximate, faster; exhaustive: the paper's")
     parser.add_argument("--cache-gb", type=flags.size, default=None,
@@ -64,6 +64,7 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace an order searched with other settings")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long; write nothing")
     args = parser.parse_args(argv)
+    args.ppl_eval_batch_size = flags.search_batch_size(args)
     if args.offload:
         if args.search == "race":
             parser.error("--offload walks all candidates through each layer and cannot race; drop --search race")
@@ -85,6 +86,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
+    import torch
+
     from lib import orders
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
@@ -154,6 +157,11 @@ def main(argv=None):
             bar.close()
             sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
                      f"are in {path}; try --compute-dtype fp32")  # fmt: skip
+        except torch.OutOfMemoryError:
+            bar.close()
+            sys.exit(f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full; the {len(order)} "
+                     f"removals before it are in {path} and are continued with a smaller --cache-gb; or make "
+                     "--ppl-eval-batch-size smaller, or pass --offload")  # fmt: skip
     if len(order) > before and args.metric != "ppl":
         print(f"perplexity    {dense:.4f} -> {meta['steps'][-1]['perplexity']:.4f} on the calibration text")
     draw(path, order, meta)
@@ -339,10 +347,11 @@ def resume(path, meta, overwrite):
         raise ValueError(f"{path}: exists {what}; pass --overwrite to replace it, or give another --ppl-search-path")
     check_order(order, meta["layers"], path, old)
     steps = old.get("steps")
-    fields = {"perplexity", "removed_percent", "seconds"}
+    fields = {"perplexity", "removed_percent", "seconds", "scores"}
     whole = isinstance(steps, list) and all(isinstance(step, dict) and fields <= step.keys() for step in steps)
-    if not whole or len(steps) != len(order):
-        raise ValueError(f"{path}: its meta does not hold one step for each removal; pass --overwrite to replace it")
+    if not whole or len(steps) != len(order) or "dense_perplexity" not in old:
+        raise ValueError(f"{path}: its meta does not hold the dense model's perplexity and one step for each removal; "
+                         "pass --overwrite to replace it")  # fmt: skip
     old.pop("failed", None)
     return order, old
 

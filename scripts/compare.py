@@ -28,11 +28,11 @@ def parse_args(argv=None):
     parser.add_argument("--methods", nargs="+", type=method, metavar="METHOD",
                         default=["blockpruner", "sleb", "bi", "rm", "random"],
                         help=f"rows of the table: {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--ratios", nargs="+", type=share, default=[0.1, 0.2, 0.25], metavar="R",
+    parser.add_argument("--ratios", nargs="+", type=flags.share, default=[0.1, 0.2, 0.25], metavar="R",
                         help="shares of the parameters that must go at least")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=flags.count, default=[0, 1, 2], metavar="N", help="draws of random")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=256, help="documents to calibrate on")
-    flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
+    flags.add_text_flags(parser, dataset="alpaca", batch_size=None)
     parser.add_argument("--search", choices=("cached", "race"), default="cached",
                         help="of the greedy methods; cached: exact; race: approximate, faster")  # fmt: skip
     parser.add_argument("--eval-datasets", nargs="+", default=["wikitext2", "alpaca"], metavar="TEXT",
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     parser.add_argument("--measure", action="store_true", help="also how many times faster than the dense model")
     parser.add_argument("--output-dir", default="results/compare", help="folder of everything; made when missing")
     args = parser.parse_args(argv)
-    args.limit = dict(args.limit)
+    args.limit, args.ppl_eval_batch_size = dict(args.limit), flags.search_batch_size(args)
     args.ratios = sorted(set(args.ratios))
     if not args.model_path:
         parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
@@ -59,13 +59,6 @@ def parse_args(argv=None):
     if unknown:
         parser.error(f"--task-ratios {unknown.pop():g}: not among --ratios {' '.join(f'{r:g}' for r in args.ratios)}")
     return parser, args
-
-
-def share(text):
-    """argparse type: a share above 0; the dense model is in every table."""
-    if flags.fraction(text) == 0:
-        raise argparse.ArgumentTypeError("0 removes nothing, and the dense model is there anyway; use shares above 0")
-    return flags.fraction(text)
 
 
 def method(name):

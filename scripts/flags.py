@@ -52,6 +52,7 @@ def add_removal_flags(parser, required=False):
 
 
 def add_text_flags(parser, dataset, batch_size):
+    """batch_size None: of a search, settled by `search_batch_size`."""
     parser.add_argument(
         "--cal-dataset", default=dataset, help="alpaca, wikitext2, ptb, c4, pydoc, or a .txt/.jsonl/.json/.parquet file"
     )
@@ -59,8 +60,14 @@ def add_text_flags(parser, dataset, batch_size):
     parser.add_argument("--text-column", help="column that holds the text, where it is not called text", default=None)
     parser.add_argument("--data-dir", help="folder with local copies: NAME-SPLIT.jsonl or NAME.jsonl ...", default=None)
     parser.add_argument("--ppl-eval-seqlen", type=positive, default=2048, help="window length in tokens")
-    parser.add_argument("--ppl-eval-batch-size", type=positive, default=batch_size, help="windows per forward")
+    note = "" if batch_size else "; 8, but 1 with --search race, which decides after each batch"
+    parser.add_argument("--ppl-eval-batch-size", type=positive, default=batch_size, help="windows per forward" + note)
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw of documents")
+
+
+def search_batch_size(args):
+    """Return the windows per forward that were asked for, or what suits --search."""
+    return args.ppl_eval_batch_size or (1 if args.search == "race" else 8)
 
 
 def positive(text):
@@ -103,6 +110,13 @@ def fraction(text):
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1 (ten percent is 0.1)")
     return value
+
+
+def share(text):
+    """argparse type: a number above 0, to 1."""
+    if fraction(text) == 0:
+        raise argparse.ArgumentTypeError("0 removes nothing; use a share above 0, to 1")
+    return fraction(text)
 
 
 def read_removals(args):

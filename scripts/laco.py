@@ -21,7 +21,7 @@ def parse_args(argv=None):
                         help="least mean cosine with the dense model's final states; the paper's is 0.65 to 0.75")
     amount.add_argument("--del-layer-num", type=flags.positive, default=None,
                         help="layers to remove; the threshold is searched")  # fmt: skip
-    amount.add_argument("--target-ratio", type=flags.fraction, default=None,
+    amount.add_argument("--target-ratio", type=flags.share, default=None,
                         help="remove the fewest layers that reach this share of all parameters")  # fmt: skip
     parser.add_argument("--merge-layers", type=flags.positive, default=None,
                         help="layers merged at a time; 4, or the most of 4, 3, 2 that remove what is asked for")

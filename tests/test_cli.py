@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from command_line import SMALL, flags, scores, shell, start, tree, write_gguf
 from safetensors.torch import load_file, save_file
@@ -138,6 +139,55 @@ def test_a_gguf_file_is_searched_and_replayed_like_the_folder_it_came_from(searc
     assert replay["dense_perplexity"] == pytest.approx(dense, rel=1e-4)
 
 
+# ---- engines -------------------------------------------------------------------------------------
+
+
+def test_every_exact_engine_writes_the_same_order_and_scores(search, tmp_path):
+    given = {"del_block_num": 4, "ppl_eval_batch_size": 4}
+    found = {}
+    ways = {"cached": {}, "exhaustive": {"search": "exhaustive"}, "streamed": {"offload": True}}
+    ways["tight"] = {"cache_gb": 0}
+    for name, changes in ways.items():
+        run = search(**given, **changes, ppl_search_path=tmp_path / name)
+        found[name] = scores(run.result["order_file"])
+        meta = read_order(run.result["order_file"])[1]
+        assert meta["engine"] == {"tight": "cached"}.get(name, name) and not meta["approximate"]
+    assert all(other == found["cached"] for other in found.values())
+
+
+def test_a_race_says_so_sees_a_window_at_a_time_and_is_continued(search, tmp_path):
+    race = {"search": "race", "ppl_eval_batch_size": None}
+    whole = search(**race, del_block_num=4, ppl_search_path=tmp_path / "whole").result
+    path = Path(search(**race, del_block_num=2).result["order_file"])
+    run = search(**race, del_block_num=4)
+    assert "resuming" in run.out and run.result["order"] == whole["order"]
+    order, meta = read_order(path)
+    assert scores(path) == scores(whole["order_file"])
+    told = meta["engine"], meta["approximate"], meta["race_confidence"], meta["batch_size"]
+    assert told == ("race", True, 3.0, 1)
+    for block, step in zip(order, meta["steps"], strict=True):
+        assert step["windows"].keys() == step["scores"].keys()
+        assert step["windows"][str(block)] == meta["windows"] and min(step["windows"].values()) >= 1
+    assert any(n < meta["windows"] for step in meta["steps"] for n in step["windows"].values()), "somebody dropped out"
+    exact = search(del_block_num=4, ppl_eval_batch_size=1, ppl_search_path=tmp_path / "exact").result
+    assert scores(exact["order_file"])[1][0][str(order[0])] == meta["steps"][0]["perplexity"], "the winner saw all"
+
+
+def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path):
+    from lib import search as engines
+
+    def full(*args, **kwargs):
+        steps = engines.cached(*args, **kwargs)
+        yield next(steps)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setitem(engines.ENGINES, "cached", full)
+    run = search(del_block_num=3)
+    assert run.code == 1 and "step 2: the GPU's memory is full; the 1 removals before it" in run.err, run
+    monkeypatch.undo()
+    assert "resuming      1 removals" in search(del_block_num=3).out
+
+
 # ---- resuming ------------------------------------------------------------------------------------
 
 
@@ -237,6 +287,8 @@ def test_a_file_that_cannot_be_continued_is_refused(search, refused, tmp_path, t
     lambda meta: meta.pop("steps"),
     lambda meta: meta["steps"].pop(),
     lambda meta: meta["steps"][0].pop("removed_percent"),
+    lambda meta: meta["steps"][0].pop("scores"),
+    lambda meta: meta.pop("dense_perplexity"),
     lambda meta: meta.update(steps=3),
     lambda meta: meta.update(layers=4),
 ))  # fmt: skip
