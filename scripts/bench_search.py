@@ -1,9 +1,11 @@
 """Time the search engines against each other: same model, same text, same K, one process.
 
 Engines take turns removal by removal, so that a noisy machine slows all of them; one evaluation before
-is warm-up. Peak memory is what an engine's first removal adds at most. Seconds are medians over
---rounds. The formula row of an order is what sharing work can give: exhaustive n^2 against
-n^2 (1 - x^2) / 2 for n blocks left and the last removal at the fraction x of the depth.
+is warm-up. Each engine that keeps states gets an equal share of the memory that one alone would take.
+Peak memory is the most that a removal adds. Seconds are medians over --rounds. Orders and scores are
+compared with cached, or with exhaustive, over the removals that both made. The formula row of an order
+is what sharing work can give: exhaustive n^2 against n^2 (1 - x^2) / 2 for n blocks left and the last
+removal at the fraction x of the depth.
 
     python -m scripts.bench_search --model-path SmolLM2-135M-Instruct.Q4_1.gguf --cal-dataset alpaca \\
         --data-dir data --cal-nsamples 8 --ppl-eval-seqlen 512 --del-block-num 12
@@ -33,8 +35,8 @@ def parse_args(argv=None):
     parser.add_argument("--cal-nsamples", type=flags.positive, default=8, help="documents to draw")
     parser.add_argument("--del-block-num", type=flags.positive, default=12, help="removals to time")
     parser.add_argument("--block-type", choices=("mha", "mlp", "mix"), default="mix", help="blocks to search")
-    engines = ("exhaustive", "cached", "race")
-    parser.add_argument("--engines", nargs="+", choices=engines, default=engines, help="engines to time")
+    engines = ("exhaustive", "cached", "race", "streamed")
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3], help="engines to time")
     parser.add_argument("--rounds", type=flags.positive, default=1, help="times everything is run; medians are shown")
     parser.add_argument("--exhaustive-steps", type=flags.positive, default=None,
                         help="time so many exhaustive removals, scale by the block forwards of all")  # fmt: skip
@@ -69,6 +71,11 @@ def main(argv=None):
           f"{args.device}, {args.compute_dtype}")  # fmt: skip
     print(f"text     {len(windows)} windows of {windows.shape[1]} = {windows.numel():,} tokens, K = {K}", flush=True)
 
+    if args.cache_gb is None:
+        from lib.trajectories import DEVICE_SHARE, free_bytes
+
+        keeping = sum(name != "exhaustive" for name in args.engines)
+        args.cache_gb = DEVICE_SHARE * free_bytes(decoder.input_device)[0] / max(1, keeping) / 2**30
     for batch_size in {args.ppl_eval_batch_size, args.race_batch_size}:
         window_losses(decoder, windows[:batch_size], batch_size)
     rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
@@ -78,9 +85,8 @@ def main(argv=None):
     flops = block_flops(decoder, windows.shape[1])
     peak = matrix_peak(args) if str(args.device).startswith("cuda") else None
     base = results.get("exhaustive")
-    reference = rounds[0].get("cached") or rounds[0].get("exhaustive")
     for name, result in results.items():
-        result["peak_memory_mib"] = rounds[0][name][0].peak_memory / 2**20
+        result["peak_memory_mib"] = max(step.peak_memory for step in rounds[0][name]) / 2**20
         result["tokens_per_second"] = result["evaluated_tokens"] / result["seconds"]
         result["tflops"] = sum(flops[k] * n for k, n in result.pop("forwards").items()) / 1e12
         result["tflops_per_second"] = result["tflops"] / result["seconds"]
@@ -89,21 +95,20 @@ def main(argv=None):
         if base:
             result["speedup"] = base["seconds"] / result["seconds"]
             result["fewer_block_forwards"] = base["block_forwards"] / result["block_forwards"]
-        compare = list(zip(rounds[0][name], reference or [], strict=False))
-        result["same_order"] = [a.block for a, _ in compare] == [b.block for _, b in compare]
-        result["same_scores"] = all(a.scores == b.scores for a, b in compare)
+        result |= compared(name, rounds[0])
         result["order"] = orders[name]
         result["perplexities"] = [s.perplexity for s in rounds[0][name]]
-    whole = reference and len(reference) == K
-    formula = formula_ratio([s.block for s in reference], blocks, decoder) if whole else None
+    whole = [steps for name, steps in rounds[0].items() if name != "race" and len(steps) == K]
+    formula = formula_ratio([s.block for s in whole[0]], blocks, decoder) if whole else None
     print_table(results)
     if formula:
         print(f"formula  {formula:.2f} times fewer block forwards for this order, with everything kept")
     summary = {
         "model": args.model_path or args.random_config, "scale": args.scale, "device": device_name(args.device),
         "dtype": args.compute_dtype, "windows": len(windows), "seqlen": windows.shape[1], "K": K,
-        "batch_size": args.ppl_eval_batch_size, "rounds": args.rounds, "formula_ratio": formula,
-        "matrix_peak_tflops_per_second": peak, "versions": flags.versions(), "engines": results,
+        "batch_size": args.ppl_eval_batch_size, "cache_gb": args.cache_gb, "rounds": args.rounds,
+        "formula_ratio": formula, "matrix_peak_tflops_per_second": peak, "versions": flags.versions(),
+        "engines": results,
     }  # fmt: skip
     if args.output_path:
         write_json(args.output_path, summary)
@@ -115,7 +120,7 @@ def engine(args, name, decoder, blocks, windows):
     from lib.search import ENGINES
 
     options = {"batch_size": args.ppl_eval_batch_size}
-    if args.cache_gb is not None and name != "exhaustive":
+    if name != "exhaustive":
         options["cache_bytes"] = int(args.cache_gb * 2**30)
     if name == "race":
         options |= {"confidence": args.race_confidence, "batch_size": args.race_batch_size}
@@ -153,6 +158,19 @@ class Timed:
         self.perplexity, self.peak_memory = step.perplexity, None
         self.block_forwards, self.head_forwards = step.block_forwards, step.head_forwards
         self.seconds, self.forwards = seconds, forwards
+
+
+def compared(name, steps):
+    """Return whether an engine's order and scores are those of another, exact one; None where none ran beside it."""
+    other = next((e for e in ("cached", "exhaustive", "streamed") if e != name and e in steps), None)
+    both = list(zip(steps[name], steps.get(other, ()), strict=False))
+    if not both:
+        return {"compared_with": None, "removals_compared": 0, "same_order": None, "same_scores": None}
+    return {
+        "compared_with": other, "removals_compared": len(both),
+        "same_order": all(a.block == b.block for a, b in both),
+        "same_scores": all(a.scores == b.scores for a, b in both),
+    }  # fmt: skip
 
 
 def summarise(name, args, runs, n, total):
@@ -220,6 +238,7 @@ def random_model(args):
         num_attention_heads=max(1, heads // s), num_key_value_heads=max(1, kv_heads // s), vocab_size=vocab // s,
         max_position_embeddings=max(4096, args.ppl_eval_seqlen),
     )  # fmt: skip
+    flags.check_seqlen(config, args.ppl_eval_seqlen)
     torch.manual_seed(args.seed)
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.compute_dtype]).eval().requires_grad_(False)
@@ -232,9 +251,12 @@ def real_model(args):
     """Return (model, windows) of --model-path and --cal-dataset, as block_search.py reads them."""
     from lib.model import load_model, load_tokenizer
 
+    flags.check_search(args)
     tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
     _, _, windows = flags.read_windows(args, tokenizer)
-    return load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code), windows
+    model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
+    flags.check_tokens(windows, model)
+    return model, windows
 
 
 def matrix_peak(args, n=8192):
@@ -263,11 +285,19 @@ def print_table(results):
             f"{r['speedup']:.2f}x" if "speedup" in r else "-", f"{r['block_forwards']:,.0f}",
             f"{r['fewer_block_forwards']:.2f}x" if "fewer_block_forwards" in r else "-", f"{r['head_forwards']:,.0f}",
             f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mib']:,.0f}",
-            "same" if r["same_order"] else "DIFFERS", "same" if r["same_scores"] else "differ",
+            told(r, "same_order", "DIFFERS"), told(r, "same_scores", "differ"),
         ])  # fmt: skip
     flags.print_aligned(rows)
     if any(r["scaled_by"] > 1 for r in results.values()):
         print("* timed on its first removals and scaled by the exact number of block forwards")
+
+
+def told(result, key, otherwise):
+    """Return how a comparison is printed, with the removals that were compared where they are not all."""
+    if result[key] is None:
+        return "-"
+    part = "" if result["scaled_by"] == 1 else f" ({result['removals_compared']})"
+    return ("same" if result[key] else otherwise) + part
 
 
 if __name__ == "__main__":

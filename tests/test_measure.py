@@ -361,4 +361,18 @@ def test_search_benchmark_shares_the_measurements(call, toy_folder, text, tmp_pa
     ))  # fmt: skip
     assert run.code == 0, run
     assert set(run.result["engines"]) == {"exhaustive", "cached", "race"}
+    assert all(r["same_order"] and r["removals_compared"] == 1 for r in run.result["engines"].values())
     assert json.loads((tmp_path / "search.json").read_text()) == run.result
+
+
+def test_search_benchmark_claims_only_what_it_compared(call, toy_folder, text):
+    given = {"model_path": toy_folder(), "cal_dataset": text, "device": "cpu", "compute_dtype": "fp32",
+             "ppl_eval_seqlen": 32, "del_block_num": 2}  # fmt: skip
+    alone = call(bench_search.main, *flags(**given), "--engines", "race").result["engines"]["race"]
+    assert alone["same_order"] is alone["same_scores"] is alone["compared_with"] is None
+    line = [*flags(**given, exhaustive_steps=1), "--engines", "exhaustive", "race"]
+    race = call(bench_search.main, *line).result["engines"]["race"]
+    assert race["compared_with"] == "exhaustive" and race["removals_compared"] == 1
+    assert_refused(call(bench_search.main, *flags(**given | {"ppl_eval_seqlen": 1})), "--ppl-eval-seqlen 1", "2 tokens")
+    run = call(bench_search.main, *flags(random_config="llama2-7b", scale=64, ppl_eval_seqlen=1))
+    assert_refused(run, "--ppl-eval-seqlen 1", "2 tokens")
