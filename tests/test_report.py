@@ -238,8 +238,18 @@ def test_seeds_become_a_mean_and_a_standard_deviation():
     assert (text["value"], text["error"]) == (pytest.approx(40 / 3), pytest.approx(statistics.stdev(values)))
     assert (piqa["score"], piqa["stderr"]) == (pytest.approx(0.5), pytest.approx(0.1))
     failed = [row("random", 10, 10.0, seed=0), row("random", 10, 1.0, seed=1, perplexity={}, failed="why")]
-    assert [r["label"] for r in tables.merge_seeds(failed)] == ["random"]
+    (one,) = tables.merge_seeds(failed)
+    assert one["label"] == "random (1 of 2 seeds failed: why)" and one["perplexity"]["text"]["error"] == 0.125
+    (two,) = tables.merge_seeds([*failed, row("random", 10, 12.0, seed=2)])
+    assert two["label"] == "random (1 of 3 seeds failed: why)" and two["perplexity"]["text"]["value"] == 11
     assert tables.merge_seeds(failed[1:])[0]["failed"] == "why"
+
+
+def test_seeds_that_are_not_finite_say_so_and_speeds_are_averaged():
+    for values, mean in (((1.0, math.nan, 2.0), "nan"), (("inf", 1.0, 2.0), "inf")):  # as JSON has them
+        draws = [row("random", 10, v, seed=k, speed={"decode x": 1.0 + 2 * k}) for k, v in enumerate(values)]
+        lines = tables.markdown(tables.results_table([row("dense", 0, 8.0), *draws])).splitlines()
+        assert lines[-1] == f"| random (3 seeds) | 0 | 10.40 | {mean} ± nan | 3.00 |"
 
 
 # ---- the page --------------------------------------------------------------------------------------------------
