@@ -376,17 +376,18 @@ def score_maps(orders):
 
     for k, result in enumerate(orders, 1):
         order, meta = result.content
-        scored = sum(bool(step.get("scores")) for step in meta.get("steps", ()))
+        windows = meta.get("window_scores")
+        scored = sum(bool(step.get("scores")) for step in meta.get("steps", ())) or bool(windows)
         if scored < (1 if result.kind == "order" else 2):  # a comparison's one-shot methods have a single column
             continue
         figure = report.score_map(meta)
-        caption = (
-            f"{result.path.parent.name}/{result.path.name}: {report.score_name(meta)}, every candidate at every "
-            "iteration. A dot marks what was removed, white what was gone before, a cross what was not finite."
-        )
+        what = "every window of layers by its first" if windows else "every candidate at every iteration"
+        caption = (f"{result.path}: {report.score_name(meta)}, {what}. A dot marks what was removed, "
+                   "white what was gone before, a cross what was not finite.")  # fmt: skip
         if meta.get("approximate"):
             caption += " Approximate: a candidate that fell behind was scored on its first windows only."
-        alt = f"Heat map of candidate scores over {len(order)} iterations. Removed: {' '.join(map(str, order))}."
+        alt = f"Line chart of {len(windows)}" if windows else f"Heat map of candidate scores over {len(order)}"
+        alt += f" {'window scores' if windows else 'iterations'}. Removed: {' '.join(map(str, order))}."
         yield f"scores_{k}", report.draw(figure, caption, alt)
 
 

@@ -113,6 +113,22 @@ def test_score_map_takes_layers_and_orders_without_scores():
     assert report.score_map({"steps": [{"block": ["mha", 1]}]}) is None
 
 
+def test_scores_of_windows_are_drawn_with_the_chosen_one_and_those_not_finite_marked(drawn, tmp_path):
+    steps = [{"block": [kind, i]} for i in (2, 3) for kind in ("mha", "mlp")]
+    scores = {"1": 9.0, "2": 7.0, "3": 90.0, "4": "inf"}
+    meta = {"metric": "window_ppl", "window": 2, "window_scores": scores, "steps": steps, "layers": L, "model": "toy"}
+    (axis,) = report.score_map(meta).axes
+    line, crosses, chosen = (one.get_xydata().tolist() for one in axis.lines)
+    assert line == [[1, 9], [2, 7], [3, 90]] and chosen == [[2, 7]] and [x for x, _ in crosses] == [4]
+    assert axis.get_title() == "layers 2 to 3 go" and axis.get_yscale() == "log"
+    path, order = tmp_path / "toy_layer_window_ppl2_text_ns_4_del_order_list.json", [Block(*s["block"]) for s in steps]
+    save_order(path, order, meta)
+    beside = report.draw_order(path, order, {**meta, "window_scores": {int(i): float(scores[i]) for i in scores}})
+    assert [p.name.removeprefix("toy_layer_window_ppl2_text_ns_4_") for p in beside] == ["scores.png", "removed.png"]
+    _, text, folder = drawn(path)
+    assert (folder / "scores_1.png").is_file() and "Line chart of 4 window scores. Removed: mha2 mlp2" in text
+
+
 def test_removal_map_writes_each_step_where_it_belongs():
     orders = {"greedy": GREEDY, "layers": [Block("layer", 5), Block("layer", 0)]}
     (axis,) = report.removal_map(orders, L).axes
@@ -138,7 +154,7 @@ def test_curves_draw_every_point_with_its_error():
     P = report.Point
     panels = {
         "text": {"dense": [P(0, 8)], "a": [P(20, 40.0, 3.0), P(10, 12.0, 1.0)], "b": [P(10, 9.0), P(20, math.inf)]},
-        "other": {"b": [P(10, 9.0)], "a": [P(10, 11.0)]},
+        "other": {"b": [P(10, 9.0)], "a": [P(10, 11.0), P(10, 11.0, 1.0)]},
     }
     figure = report.curves(panels)
     text, other = figure.axes
