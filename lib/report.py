@@ -58,11 +58,14 @@ def score_map(meta):
 
     meta: an order file's, whose steps hold the `block` removed and `scores` {"mha0": number}. One panel a kind, a row
     a layer, a column an iteration; a dot marks what an iteration removed, white is what was gone before it. Where
-    whole layers are searched the last of a layer's steps holds the scores.
+    whole layers are searched the last of a layer's steps holds the scores. Of a metric that scores windows of layers
+    instead, return the line of these scores.
     """
     import numpy as np
     from matplotlib.cm import ScalarMappable
 
+    if meta.get("window_scores"):
+        return _window_line(meta)
     scored = [step for step in meta.get("steps", ()) if step.get("scores")]
     steps = [{str(name): score for name, score in step["scores"].items()} for step in scored]
     names = {name for scores in steps for name in scores}
@@ -113,7 +116,9 @@ def removal_map(orders, n_layers):
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    figure, (axis,) = _figure(max(3.2, 0.9 + 0.75 * len(orders)), 1.6 + 0.2 * n_layers, 1, 1)
+    names = 0.045 * max(map(len, orders)) if len(orders) > 1 else 0  # inches that turned names reach up and right
+    width = max(3.2, 0.9 + names + 0.75 * len(orders))
+    figure, (axis,) = _figure(width, max(1.6, 0.8 + names) + 0.2 * n_layers, 1, 1)
     cells, colours, ticks = [], [], {}
     for k, (name, order) in enumerate(orders.items()):
         gone = {}
@@ -155,7 +160,10 @@ def curves(panels, percent=False):
     higher is better, on a linear scale; else the scale is logarithmic where values spread.
     """
     panels = {
-        title: {name: sorted(p for p in points if math.isfinite(p.value)) for name, points in lines.items()}
+        title: {
+            name: sorted((p for p in points if math.isfinite(p.value)), key=lambda p: p[:2])
+            for name, points in lines.items()
+        }
         for title, lines in panels.items()
     }
     methods = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != "dense"))
@@ -340,6 +348,29 @@ def _picture(picture):
 
 
 # ---- drawing -------------------------------------------------------------------------------------
+
+
+def _window_line(meta):
+    """Return the scores of windows of layers, over each window's first layer; marks are those of score_map."""
+    scores = {int(i): float(score) for i, score in meta["window_scores"].items()}
+    good = {i: score for i, score in sorted(scores.items()) if math.isfinite(score)}
+    figure, (axis,) = _figure(max(4.5, 1 + 0.22 * len(scores)), 3.4, 1, 1)
+    axis.plot(list(good), list(good.values()), ".-", color=COLOURS[0])
+    broken = [i for i in scores if i not in good]
+    axis.plot(broken, [0.03] * len(broken), "x", color="#777777", transform=axis.get_xaxis_transform())
+    gone = [step["block"][1] for step in meta["steps"]]
+    if gone:
+        axis.plot(min(gone), good[min(gone)], "o", color="white", markeredgecolor="black", markersize=7)
+        axis.set_title(f"layers {min(gone)} to {max(gone)} go", fontsize=10)
+    if good and 0 < LOG_FROM * min(good.values()) < max(good.values()):
+        axis.set_yscale("log")
+        _plain_numbers(axis.yaxis)
+    axis.set_xticks(*_ticks(1 + max(scores), 0))
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel("first layer of the window")
+    axis.set_ylabel(score_name(meta))
+    axis.grid(True, color="#dddddd", linewidth=0.6)
+    return figure
 
 
 def _figure(width, height, rows, columns):

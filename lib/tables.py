@@ -12,6 +12,7 @@ difference to the best of its ratio is within two standard errors.
 import html
 import math
 import statistics
+import textwrap
 from typing import NamedTuple
 
 from lib.tasks import TITLES
@@ -43,7 +44,7 @@ class Table(NamedTuple):
 def merge_seeds(rows):
     """Return rows with those that differ only by seed made one: means, and standard deviations over seeds as errors.
 
-    Failed ones count only where all seeds failed.
+    Seeds that failed are left out and named in the label; where all failed the row is the first one's.
     """
     groups = {}
     for k, row in enumerate(rows):
@@ -52,7 +53,12 @@ def merge_seeds(rows):
     for same in groups.values():
         good = [row for row in same if not row.get("failed")]
         row = (good or same)[0]
-        merged.append(_mean(good) if len(good) > 1 else {**row, "blocks": len(row["removed"])})
+        row = _mean(good) if len(good) > 1 else {**row, "blocks": len(row["removed"])}
+        if good and len(same) > 1:
+            reasons = [bad["failed"] for bad in same if bad.get("failed")]
+            why = f" of {len(same)} seeds failed: {textwrap.shorten(reasons[0], 60)}" if reasons else " seeds"
+            row["label"] += f" ({len(reasons or same)}{why})"
+        merged.append(row)
     return merged
 
 
@@ -75,13 +81,13 @@ def results_table(rows):
     groups = []
     for ratio in sorted({row["ratio"] for row in rows}):
         group = [row for row in rows if row["ratio"] == ratio]
-        columns = {row["label"]: _cells(row, texts, tasks, speeds) for row in group if not row.get("failed")}
+        columns = [None if row.get("failed") else _cells(row, texts, tasks, speeds) for row in group]
         if ratio:
             # perplexities, the lower the better; scores and their average, the higher; speeds are not ranked
             signs = [None, None] + [1] * len(texts) + [-1] * (len(tasks) + bool(tasks)) + [None] * len(speeds)
-            _mark_best(columns, signs)
+            _mark_best([cells for cells in columns if cells], signs)
         title = f"at least {ratio:g} % removed" if ratio else ""
-        lines = [(r["label"], columns[r["label"]] if r["label"] in columns else str(r["failed"])) for r in group]
+        lines = [(row["label"], cells or str(row["failed"])) for row, cells in zip(group, columns, strict=True)]
         groups.append((title, lines))
     return Table(header, groups)
 
@@ -149,10 +155,11 @@ def _mean(rows):
     """Return one row for several seeds."""
 
     def over(values):
-        values = list(values)
-        return {"value": statistics.fmean(values), "error": statistics.stdev(values), "level": False}
+        values = [float(value) for value in values]  # JSON has "nan" and "inf"
+        error = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+        return {"value": statistics.fmean(values), "error": error, "level": False}
 
-    row = {**rows[0], "seed": None, "label": f"{rows[0]['label']} ({len(rows)} seeds)"}
+    row = {**rows[0], "seed": None}
     row["blocks"] = round(statistics.fmean(len(r["removed"]) for r in rows), 1)
     row["removed_percent"] = statistics.fmean(r["removed_percent"] for r in rows)
     row["perplexity"] = {name: over(r["perplexity"][name]["value"] for r in rows) for name in rows[0]["perplexity"]}
@@ -161,6 +168,9 @@ def _mean(rows):
         if all(name in r["tasks"] for r in rows):
             score = over(r["tasks"][name]["score"] for r in rows)
             row["tasks"][name] = {"score": score["value"], "stderr": score["error"]}
+    speeds = [r.get("speed") or {} for r in rows]
+    row["speed"] = {name: over(speed[name] for speed in speeds)["value"]
+                    for name in speeds[0] if all(name in speed for speed in speeds)}  # fmt: skip
     return row
 
 
@@ -191,14 +201,14 @@ def _text(number):
     return f"{number:.2f}" if abs(number) < 1e4 else f"{number:.0f}" if abs(number) < 1e8 else f"{number:.2e}"
 
 
-def _mark_best(columns, signs):
+def _mark_best(rows, signs):
     """Mark the best of each column, in place; numbers that print alike are alike."""
     for k, sign in enumerate(signs):
-        values = {name: sign * _value(cells[k]) for name, cells in columns.items() if sign}
-        best = min((v for v in values.values() if math.isfinite(v)), default=None)
-        for name in values:
-            if values[name] == best:
-                columns[name][k] = columns[name][k]._replace(best=True, level=False)
+        values = [sign * _value(cells[k]) if sign else math.nan for cells in rows]
+        best = min(filter(math.isfinite, values), default=None)
+        for cells, value in zip(rows, values, strict=True):
+            if value == best:
+                cells[k] = cells[k]._replace(best=True, level=False)
 
 
 def _value(cell):

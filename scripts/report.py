@@ -60,7 +60,8 @@ def write_report(paths, folder):
     """
     from lib import report
 
-    results = [result for path in paths for result in read_results(path)]
+    once = {Path(path).expanduser().resolve(): path for path in paths}
+    results = [result for path in once.values() for result in read_results(path)]
     models = by_model(results)
     notices = reductions(results)
     names = [name for name in models if name]
@@ -82,7 +83,7 @@ def write_report(paths, folder):
                     pictures.append(Path(folder).expanduser() / f"{prefix}{name}.png")
                     report.save(part, pictures[-1])
     page = Path(folder).expanduser() / "index.html"
-    report.write_page(page, "BlockPruner: " + ", ".join(names) or "results", sections, notices)
+    report.write_page(page, "BlockPruner: " + (", ".join(names) or "results"), sections, notices)
     return page, pictures, notices
 
 
@@ -138,11 +139,12 @@ def read_distances(path):
 def by_model(results):
     """Return {model name: its Results}; results that name no model stand under None.
 
-    Names are the last part of a path. Files that share a name but not the model's size are refused.
+    Raises ValueError for files that name one model, but not its size.
     """
-    models, sizes = {}, {}
+    paths = {str(result.model): Path(str(result.model)).expanduser() for result in results if result.model}
+    names, models, sizes = short_names(paths.values()), {}, {}
     for result in results:
-        name = Path(str(result.model)).name.removesuffix(".gguf") if result.model else None
+        name = names[paths[str(result.model)]] if result.model else None
         models.setdefault(name, []).append(result)
         for what, value in sizes_of(result).items():
             path, before = sizes.setdefault((name, what), (result.path, value))
@@ -152,6 +154,18 @@ def by_model(results):
                     "give files of one of them, or rename the model"
                 )
     return dict(sorted(models.items(), key=lambda item: item[0] is None))
+
+
+def short_names(paths):
+    """Return {path: as much of its end, less .gguf, as tells it from the others}; names of one place are alike."""
+    paths, ends, names = list(paths), {}, {}
+    for path in paths:
+        ends.setdefault(path.resolve(), Path(str(path.absolute()).removesuffix(".gguf")).parts)
+    for place, end in ends.items():
+        alone = (n for n in range(1, len(end)) if sum(other[-n:] == end[-n:] for other in ends.values()) == 1)
+        n = next(alone, None)
+        names[place] = "/".join(end[-n:]) if n else str(place)
+    return {path: names[path.resolve()] for path in paths}
 
 
 def sizes_of(result):
@@ -187,7 +201,7 @@ def model_sections(results):
     orders = [r for r in results if r.kind in ("order", "search")]
     rows, texts = result_rows(results)
     sections = {
-        "results": dict(result_tables(results, rows, texts)),
+        "results": dict(result_tables(results, rows)),
         "quality against size": dict(quality_curves(rows, texts)),
         "which blocks went": dict(removal_maps(results, rows)),
         "scores of the search": dict(score_maps(orders)),
@@ -200,17 +214,60 @@ def model_sections(results):
 
 
 def result_rows(results):
-    """Return (rows as lib.tables has them, {text name: description}) of eval and compare results together."""
-    rows, texts = [], {}
+    """Return (rows as lib.tables has them, {text name: description}) of eval and compare results together.
+
+    A row's `source` is the same for what compares with one dense model. Rows of eval.py have the `path` of their file.
+    """
+    rows, evaluated, texts = [], [], {}
+    tags = comparison_tags(results)
+    evals = [result.content for result in results if result.kind == "eval"]
+    vary = [key for key in ("dtype", "num_fewshot") if len({content.get(key) for content in evals}) > 1]
     for result in results:
         if result.kind == "compare":
             names = {name: text_name(name, about, texts) for name, about in result.content.get("texts", {}).items()}
             for row in result.content["rows"]:
                 perplexity = {names.get(name, name): value for name, value in row["perplexity"].items()}
-                rows.append({**row, "perplexity": perplexity})
+                rows.append(tagged({**row, "perplexity": perplexity, "source": str(result.path)}, tags[result.path]))
         elif result.kind == "eval":
-            rows += eval_rows(result, texts)
-    return rows, texts
+            tag = ", ".join(f"{key} {result.content.get(key)}" for key in vary)
+            evaluated += [tagged({**row, "source": ("eval", tag)}, tag) for row in eval_rows(result, texts)]
+    return rows + merge_files(evaluated), texts
+
+
+def comparison_tags(results):
+    """Return {path of a comparison: what tells it from the model's others, "" where it is the only one}."""
+    paths = [result.path for result in results if result.kind == "compare"]
+    places = {path: path.parent if path.name == "compare.json" else path for path in paths}
+    names = short_names(places.values())
+    return {path: names[place] if len(paths) > 1 else "" for path, place in places.items()}
+
+
+def tagged(row, tag):
+    """Return the row under a name of its own; "dense" stays a method of all."""
+    method = row["method"] if row["method"] == "dense" or not tag else f"{row['method']}, {tag}"
+    return {**row, "method": method, "label": ", ".join(filter(None, (row["label"], tag)))}
+
+
+def merge_files(rows):
+    """Return eval.py's rows with those that measure one model on several texts or tasks made one.
+
+    Where files disagree on a measurement, rows are named by their files.
+    """
+
+    def agree(one, other):
+        parts = [(one[part], other[part]) for part in ("perplexity", "tasks")]
+        named = (one["label"], one["removed"]) == (other["label"], other["removed"])
+        return named and all(a | b == b | a for a, b in parts)
+
+    merged = []
+    for row in rows:
+        other = next((other for other in merged if agree(row, other)), None)
+        if other is None:
+            merged.append(row)
+        else:
+            other.update({part: other[part] | row[part] for part in ("perplexity", "tasks")})
+    labels, names = [row["label"] for row in merged], short_names(row["path"] for row in merged)
+    return [tagged(row, names[row["path"]] if labels.count(row["label"]) > 1 else "") for row in merged]
 
 
 def text_name(name, about, texts):
@@ -234,7 +291,7 @@ def eval_rows(result, texts):
     name = text_name(content["dataset"], {**content, "text_sha256": None}, texts)
     order = Path(content["order_file"] or "").name.removesuffix(".json").removesuffix("_del_order_list")
     method = order.removeprefix(f"{Path(content['model']).name.removesuffix('.gguf')}_") or "dense"
-    shared = {"seed": None, "speed": None, "failed": None, "source": str(result.path)}
+    shared = {"seed": None, "speed": None, "failed": None, "path": result.path}
     dense = {**shared, "method": "dense", "label": "dense", "ratio": 0, "removed": [], "removed_percent": 0.0,
              "perplexity": {name: {"value": content["dense_perplexity"], "error": None}}, "tasks": {}}  # fmt: skip
     if not content["removed"]:
@@ -247,22 +304,19 @@ def eval_rows(result, texts):
     return [dense, pruned]
 
 
-def result_tables(results, rows, texts):
+def result_tables(results, rows):
     """Yield the table of each compare result, and one of all eval results."""
     from lib import report, tables
 
+    tags = comparison_tags(results)
     for result in results:
         if result.kind == "compare":
             table = tables.results_table(result.content["rows"])
-            yield str(result.path), report.html_table(table.header, tables.html_rows(table), tables.LEGEND)
-    evaluated = [row for row in rows if row.get("source")]
+            caption = ". ".join(filter(None, (tags[result.path], tables.LEGEND)))
+            yield str(result.path), report.html_table(table.header, tables.html_rows(table), caption)
+    evaluated = [row for row in rows if row.get("path")]
     if evaluated:
-        measured = {}  # the dense model stands in several files: once is enough
-        for row in evaluated:
-            key = (row["label"], *row["perplexity"])
-            if key not in measured or len(row["tasks"]) > len(measured[key]["tasks"]):
-                measured[key] = row
-        table = tables.results_table(list(measured.values()))
+        table = tables.results_table(evaluated)
         yield "eval", report.html_table(table.header, tables.html_rows(table), "Results of eval.py")
 
 
@@ -306,17 +360,19 @@ def lines_of(rows, measure):
     """Return {method: list of Point}, each method's line starting at the dense model."""
     from lib.report import Point
 
-    lines, dense = {}, None
+    lines, dense = {}, {}
     for row in sorted(rows, key=lambda row: row["removed_percent"]):
         measured = measure(row)
         if measured is None or not math.isfinite(measured[0]):
             continue
         point = Point(row["removed_percent"], *measured)
+        line = lines.setdefault(row["method"], [])
         if row["method"] == "dense":
-            dense = point
-        lines.setdefault(row["method"], []).append(point)
-    return {name: points if name == "dense" or dense is None else [dense._replace(error=None), *points]
-            for name, points in lines.items()}  # fmt: skip
+            dense.setdefault(row["source"], point)
+        elif not line and row["source"] in dense:
+            line.append(dense[row["source"]]._replace(error=None))
+        line.append(point)
+    return lines
 
 
 def measured_perplexity(row, text):
@@ -350,7 +406,7 @@ def removal_maps(results, rows):
             groups["orders"][label_of(result, groups["orders"])] = result.content[0]
     for row in sorted(rows, key=lambda row: row["ratio"]):
         if row["removed"]:
-            group = groups.setdefault(f"at least {row['ratio']:g} %" if not row.get("source") else "results", {})
+            group = groups.setdefault(f"at least {row['ratio']:g} %" if not row.get("path") else "results", {})
             name = row["label"] if row.get("seed") is None else f"{row['label']}, seed {row['seed']}"
             group[name] = [parse_block(name) for name in row["removed"]]
     for title, orders in groups.items():
@@ -376,17 +432,18 @@ def score_maps(orders):
 
     for k, result in enumerate(orders, 1):
         order, meta = result.content
-        scored = sum(bool(step.get("scores")) for step in meta.get("steps", ()))
+        windows = meta.get("window_scores")
+        scored = sum(bool(step.get("scores")) for step in meta.get("steps", ())) or bool(windows)
         if scored < (1 if result.kind == "order" else 2):  # a comparison's one-shot methods have a single column
             continue
         figure = report.score_map(meta)
-        caption = (
-            f"{result.path.parent.name}/{result.path.name}: {report.score_name(meta)}, every candidate at every "
-            "iteration. A dot marks what was removed, white what was gone before, a cross what was not finite."
-        )
+        what = "every window of layers by its first" if windows else "every candidate at every iteration"
+        caption = (f"{result.path}: {report.score_name(meta)}, {what}. A dot marks what was removed, "
+                   "white what was gone before, a cross what was not finite.")  # fmt: skip
         if meta.get("approximate"):
             caption += " Approximate: a candidate that fell behind was scored on its first windows only."
-        alt = f"Heat map of candidate scores over {len(order)} iterations. Removed: {' '.join(map(str, order))}."
+        alt = f"Line chart of {len(windows)}" if windows else f"Heat map of candidate scores over {len(order)}"
+        alt += f" {'window scores' if windows else 'iterations'}. Removed: {' '.join(map(str, order))}."
         yield f"scores_{k}", report.draw(figure, caption, alt)
 
 

@@ -372,6 +372,26 @@ def test_a_model_without_finite_numbers_fails_cell_by_cell(comparison, damaged, 
     assert "| last |" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_random_draw_that_is_not_finite_stays_in_the_table_and_on_the_page(call, comparison, damaged, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from scripts import report
+
+    folder = damaged()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][:] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _, summary = comparison("random", "0.25", model_path=folder, pictures=True)
+    values = [row["perplexity"]["other"]["value"] for row in summary["rows"] if row["method"] == "random"]
+    assert "nan" in values and set(values) != {"nan"}, "some draws take the damaged block, some do not"
+    out = tmp_path / "out"
+    assert re.search(r"^\| random \(3 seeds\) \|.*\| nan ± nan \| nan ± nan \|$", (out / "table.md").read_text(), re.M)
+    page = out / "index.html"
+    page.unlink()
+    assert call(report.main, str(out / "compare.json"), "--output-dir", str(out)).code == 0
+    assert "random (3 seeds)" in page.read_text()
+
+
 def test_bad_flags_are_refused_before_the_model_is_loaded(call, words, texts, tmp_path):
     before = tree(tmp_path)
     (tmp_path / "file").write_text("")

@@ -113,6 +113,22 @@ def test_score_map_takes_layers_and_orders_without_scores():
     assert report.score_map({"steps": [{"block": ["mha", 1]}]}) is None
 
 
+def test_scores_of_windows_are_drawn_with_the_chosen_one_and_those_not_finite_marked(drawn, tmp_path):
+    steps = [{"block": [kind, i]} for i in (2, 3) for kind in ("mha", "mlp")]
+    scores = {"1": 9.0, "2": 7.0, "3": 90.0, "4": "inf"}
+    meta = {"metric": "window_ppl", "window": 2, "window_scores": scores, "steps": steps, "layers": L, "model": "toy"}
+    (axis,) = report.score_map(meta).axes
+    line, crosses, chosen = (one.get_xydata().tolist() for one in axis.lines)
+    assert line == [[1, 9], [2, 7], [3, 90]] and chosen == [[2, 7]] and [x for x, _ in crosses] == [4]
+    assert axis.get_title() == "layers 2 to 3 go" and axis.get_yscale() == "log"
+    path, order = tmp_path / "toy_layer_window_ppl2_text_ns_4_del_order_list.json", [Block(*s["block"]) for s in steps]
+    save_order(path, order, meta)
+    beside = report.draw_order(path, order, {**meta, "window_scores": {int(i): float(scores[i]) for i in scores}})
+    assert [p.name.removeprefix("toy_layer_window_ppl2_text_ns_4_") for p in beside] == ["scores.png", "removed.png"]
+    _, text, folder = drawn(path)
+    assert (folder / "scores_1.png").is_file() and "Line chart of 4 window scores. Removed: mha2 mlp2" in text
+
+
 def test_removal_map_writes_each_step_where_it_belongs():
     orders = {"greedy": GREEDY, "layers": [Block("layer", 5), Block("layer", 0)]}
     (axis,) = report.removal_map(orders, L).axes
@@ -138,7 +154,7 @@ def test_curves_draw_every_point_with_its_error():
     P = report.Point
     panels = {
         "text": {"dense": [P(0, 8)], "a": [P(20, 40.0, 3.0), P(10, 12.0, 1.0)], "b": [P(10, 9.0), P(20, math.inf)]},
-        "other": {"b": [P(10, 9.0)], "a": [P(10, 11.0)]},
+        "other": {"b": [P(10, 9.0)], "a": [P(10, 11.0), P(10, 11.0, 1.0)]},
     }
     figure = report.curves(panels)
     text, other = figure.axes
@@ -238,8 +254,18 @@ def test_seeds_become_a_mean_and_a_standard_deviation():
     assert (text["value"], text["error"]) == (pytest.approx(40 / 3), pytest.approx(statistics.stdev(values)))
     assert (piqa["score"], piqa["stderr"]) == (pytest.approx(0.5), pytest.approx(0.1))
     failed = [row("random", 10, 10.0, seed=0), row("random", 10, 1.0, seed=1, perplexity={}, failed="why")]
-    assert [r["label"] for r in tables.merge_seeds(failed)] == ["random"]
+    (one,) = tables.merge_seeds(failed)
+    assert one["label"] == "random (1 of 2 seeds failed: why)" and one["perplexity"]["text"]["error"] == 0.125
+    (two,) = tables.merge_seeds([*failed, row("random", 10, 12.0, seed=2)])
+    assert two["label"] == "random (1 of 3 seeds failed: why)" and two["perplexity"]["text"]["value"] == 11
     assert tables.merge_seeds(failed[1:])[0]["failed"] == "why"
+
+
+def test_seeds_that_are_not_finite_say_so_and_speeds_are_averaged():
+    for values, mean in (((1.0, math.nan, 2.0), "nan"), (("inf", 1.0, 2.0), "inf")):  # as JSON has them
+        draws = [row("random", 10, v, seed=k, speed={"decode x": 1.0 + 2 * k}) for k, v in enumerate(values)]
+        lines = tables.markdown(tables.results_table([row("dense", 0, 8.0), *draws])).splitlines()
+        assert lines[-1] == f"| random (3 seeds) | 0 | 10.40 | {mean} ± nan | 3.00 |"
 
 
 # ---- the page --------------------------------------------------------------------------------------------------
@@ -329,6 +355,7 @@ def test_files_that_name_no_model_stand_apart(files, drawn, tmp_path):
     assert "In sections of their own, since they name no model: distances.csv." in text
     assert "<h2>model not named: angular distances</h2>" in text
     _, text, _ = drawn(table)
+    assert "<title>BlockPruner: results</title>" in text
     assert "n 2: layers 0 to 1, 0.020" in Page(text).images[0]["alt"]
 
 
@@ -340,14 +367,72 @@ def test_the_papers_order_files_can_be_drawn(drawn, tmp_path):
     assert "mha5 mlp6" in text
 
 
-def test_perplexities_of_different_windows_have_panels_of_their_own(files, drawn):
+def table_rows(text, name):
+    """Return [text of each cell] of the page's table rows whose name starts so."""
+    rows = [re.findall("<t[hd].*?</t[hd]>", row) for row in re.findall("<tr>.*?</tr>", text)]
+    rows = [[re.sub("<.*?>", "", cell) for cell in row] for row in rows]
+    return [row for row in rows if row[0].startswith(name)]
+
+
+def test_perplexities_of_different_windows_have_panels_and_columns_of_their_own(files, drawn):
     first = files()
-    second = files(folder="more", windows=9)
-    _, text, _ = drawn(*first, *second)
+    second = files(folder="more", windows=9, dense_perplexity=4.0)
+    for path in second[:2]:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"perplexity": 5.5}))
+    _, text, folder = drawn(*first, *second)
     chart = next(image["alt"] for image in Page(text).images if "perplexity" in image["alt"])
     assert "7 windows" in chart
     headers = re.findall('<th scope="col">(text.*?PPL)</th>', text)
     assert headers == ["text PPL", "text (2) PPL"]
+    assert [row[3:5] for row in table_rows(text, "dense")[:1]] == [["8.00", "4.00"]]
+    assert [row[:5] for row in table_rows(text, "mix_")] == [
+        ["mix_text_ns_9, 1 blocks removed", "1", "4.00", "10.00", "5.50"],
+        ["mix_text_ns_9, 3 blocks removed", "3", "12.00", "14.00", "5.50"],
+    ]
+
+
+def test_the_same_order_measured_otherwise_has_rows_and_lines_of_its_own(files, drawn):
+    def names(**changes):
+        folder = changes.pop("folder")
+        _, text, _ = drawn(*files(dtype="fp32"), *files(folder=folder, **changes))
+        chart = next(image["alt"] for image in Page(text).images if "perplexity" in image["alt"])
+        return [row[0] for row in table_rows(text, ("dense", "mix_")) if len(row) > 2], chart
+
+    rows, chart = names(folder="more", dtype="bf16", dense_perplexity=8.5)
+    assert len(rows) == 6 and "mix_text_ns_9, 3 blocks removed, dtype bf16" in rows and "dense, dtype fp32" in rows
+    assert "mix_text_ns_9, dtype fp32 14.00 at 12.0 %; mix_text_ns_9, dtype bf16 14.00 at 12.0 %" in chart
+    rows, _ = names(folder="again", dtype="fp32", dense_perplexity=8.7)
+    assert sorted(row for row in rows if "dense" in row) == ["dense, again/Toy-1_1.json", "dense, results/Toy-1_1.json"]
+    assert len(rows) == 4, "what came out alike is one measurement"
+
+
+def test_models_that_share_a_name_but_not_a_path_stand_apart(files, drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [*files("run1/final"), *files("run2/final", folder="more"), *files(f"{tmp_path}/run2/final", "again")]
+    _, text, _ = drawn(*paths)
+    assert "Results of 2 models, each in sections of its own: run1/final, run2/final." in text
+    assert {title.split(":")[0] for title in re.findall("<h2>(.*?)</h2>", text)} == {"run1/final", "run2/final"}
+
+
+def test_two_comparisons_of_a_model_are_not_blended(drawn, tmp_path):
+    paths = []
+    for folder, worse in (("cal8", 0.0), ("cal64", 5.0)):
+        rows = [row("dense", 0, 8.0), row("bi", 10, 20 + worse, removed=[f"mha{int(worse)}"])]
+        rows += [row("random", 10, 10 + seed + worse, seed=seed, removed=["mlp1"]) for seed in (0, 1)]
+        about = {"source": "text.txt", "split": None, "windows": 7, "seqlen": 64, "text_sha256": "x"}
+        summary = {"kind": "compare", "model": "Toy", "layers": L, "parameters": 1000, "rows": rows, "settings": {}}
+        paths.append(tmp_path / folder / "compare.json")
+        paths[-1].parent.mkdir()
+        paths[-1].write_text(json.dumps({**summary, "texts": {"text": about}}))
+    _, text, _ = drawn(*paths, paths[0])
+    assert [line[3] for line in table_rows(text, "random (2 seeds)")] == ["10.50 ± 0.71", "15.50 ± 0.71"]
+    assert "<caption>cal8. " in text and "<caption>cal64. " in text
+    alts = " ".join(image["alt"] for image in Page(text).images)
+    for words in ("bi, cal8 20.00", "bi, cal64 25.00", "random, cal8 10.50", "random, cal64 15.50", "bi, cal8: mha0;",
+                  "bi, cal64: mha5;", "random, cal64, seed 1: mlp1"):  # fmt: skip
+        assert words in alts, words
+    _, text, _ = drawn(paths[1])
+    assert "cal64 " not in Page(text).images[0]["alt"], "alone it needs no other name"
 
 
 # ---- where it runs ---------------------------------------------------------------------------------------------
