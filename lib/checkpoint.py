@@ -98,6 +98,8 @@ class Source:
     def _stored(self):
         with readable(self.path, "weights"):
             stored = self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
+        # old checkpoints hold the frequencies of rotations too, which loaders compute; llama.cpp refuses such a file
+        stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
         found = {place.layer for place in map(self.place, stored) if place}
         if found != set(range(self.n_layers)):
             raise ValueError(
