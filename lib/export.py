@@ -18,7 +18,7 @@ import torch
 
 from lib import modeling_blockpruned as modeling
 from lib.blocks import block_parameters
-from lib.checkpoint import Entry, Source, write_shards
+from lib.checkpoint import Entry, Source, verify, write_shards
 from lib.export_decilm import write_decilm
 from lib.export_gguf import read_info, write_gguf
 from lib.layers import Layer, repack
@@ -244,22 +244,6 @@ def anchored(source, removed):
             f"--format hf: no attention of {name} is left, and the cache needs one; the nearest format is zeroed"
         )
     return chains
-
-
-def verify(model_class, config, entries):
-    """Raise ValueError unless `entries` are all that the model of `config` needs, in its shapes; reads no weights."""
-    state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
-    with quiet(), torch.device("meta"):
-        _, info = model_class.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=state, device_map="meta", output_loading_info=True
-        )
-    for key in ("missing_keys", "mismatched_keys", "error_msgs"):  # what is left over is ignored by every loader
-        wrong = sorted(map(str, info.get(key, ())))
-        if wrong:
-            raise ValueError(
-                f"the export would be no {model_class.__name__} ({key.replace('_', ' ')}: {', '.join(wrong[:3])}); "
-                "give a complete source and the config.json it was saved with"
-            )
 
 
 # ---- what lies around the weights ----------------------------------------------------------------------------

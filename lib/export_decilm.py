@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import Entry, write_shards
+from lib.checkpoint import Entry, verify, write_shards
 from lib.layers import repack
 
 FAMILIES = ("llama", "mistral", "qwen2")  # model types: SiLU, no norms of queries and keys, none behind a block
@@ -58,6 +58,7 @@ def write_decilm(source, removed, folder, info):
             f"--format decilm: {config.num_attention_heads} heads of {size} are not the hidden size "
             f"{config.hidden_size}, as mlx-lm wants it; use --format gguf or hf"
         )
+    verify(type(source.bare), config, [source.entry(name) for name in source.names()])
     folder = Path(folder)
     write_shards(folder, _entries(source, layers))
     (folder / "config.json").write_text(json.dumps(_config(source, layers, info), indent=2) + "\n", encoding="utf-8")

@@ -471,6 +471,8 @@ def numbers(*values):
     (lambda m: m.fields.update({"split.count": number(2)}), "one of 2 parts"),
     (lambda m: m.tensors.update({"blk.1.ffn_gate_exps.weight": m.tensors["blk.1.ffn_up.weight"]}), "ffn_gate_exps"),
     (lambda m: m.fields.pop("llama.block_count"), "llama.block_count"),
+    (lambda m: m.tensors.pop("blk.2.ffn_up.weight"), "lacks blk.2.ffn_up.weight"),
+    (lambda m: m.tensors.pop("output_norm.weight"), "lacks output_norm.weight"),
     (lambda m: m.fields.update({"llama.rope.dimension_count": number(8)}), "part of each head"),
     (lambda m: m.fields.update({"llama.attention.head_count": numbers(4, 4, 4, 4)}), "head_count differs from layer"),
 ))  # fmt: skip

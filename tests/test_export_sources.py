@@ -46,3 +46,31 @@ def test_frequencies_of_rotations_are_left_out(model, tmp_path, format):
     assert stored(old, tmp_path / "old", format) == stored(model(), tmp_path / "new", format)
     if format == "gguf":
         assert_same(tmp_path / "old" / "model.gguf", model(), REMOVED)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", (HEAD, EMBEDDING, "model.norm.weight", "model.layers.2.mlp.up_proj.weight"))
+def test_a_source_without_one_of_its_tensors_is_refused(model, tmp_path, format, name):
+    folder = model(lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match="up_proj.weight.*complete source" if "up_proj" in name else name):
+        export(folder, blocks(REMOVED), tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tied_embeddings_may_be_stored_twice_or_as_the_head_but_not_differ(model, tmp_path, format):
+    def twice(weights):
+        weights[HEAD] = weights[EMBEDDING].clone()
+
+    def as_head(weights):
+        weights[HEAD] = weights.pop(EMBEDDING)
+
+    def differ(weights):
+        weights[HEAD] = weights[EMBEDDING] + 1
+
+    once = stored(model(tie_word_embeddings=True), tmp_path / "once", format)
+    for edit in (twice, as_head):
+        assert stored(model(edit, tie_word_embeddings=True), tmp_path / edit.__name__, format) == once
+    with pytest.raises(ValueError, match=f"ties {HEAD} to {EMBEDDING}.*differ"):
+        stored(model(differ, tie_word_embeddings=True), tmp_path / "differ", format)
+    assert not (tmp_path / "differ").exists()
