@@ -251,14 +251,14 @@ def anchored(source, removed):
 
 def check_target(folder, path, overwrite=False):
     """Raise ValueError where `folder` is taken: by files, or with `overwrite` by anything but an earlier export."""
-    folder = Path(folder).expanduser()
+    folder = _place(folder)
     if folder.is_file():
         raise ValueError(f"{folder}: a file; give a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise ValueError(f"{folder}: is not empty; give another folder (scripts.export may --overwrite an export)")
-    if Path(path).exists() and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+    if Path(path).exists() and folder in (Path(path).resolve(), *Path(path).resolve().parents):
         raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
         if (folder / "model.gguf").is_file():
@@ -271,10 +271,18 @@ def check_target(folder, path, overwrite=False):
         raise ValueError(f"{folder}: holds other things than an export; empty it or give another folder")
 
 
+def _place(folder):
+    """Return where `folder` is, behind links: it is replaced on its own disk. Refuse what cannot be replaced."""
+    place = Path(folder).expanduser().resolve()
+    if place.is_mount():
+        raise ValueError(f"{folder}: a mount point, which no finished folder can replace; give a folder in it")
+    return place
+
+
 @contextlib.contextmanager
 def complete_or_nothing(folder):
     """Give an empty folder beside `folder` that takes its place at the end, and is gone after an error."""
-    folder = Path(folder).expanduser().absolute()
+    folder = _place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     temporary.mkdir()

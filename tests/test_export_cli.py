@@ -232,6 +232,26 @@ def test_a_target_that_is_taken_is_refused(refuses, write, toy_folder, text, tmp
     refuses("holds the model itself", output_dir=toy_folder().parent, overwrite=True)
 
 
+def test_a_link_is_followed_to_its_disk_and_stays(write, tmp_path):
+    for name in ("disk/full", "disk/empty"):
+        (tmp_path / name).mkdir(parents=True)
+    assert write(output_dir=tmp_path / "disk" / "full", del_block_num=1).code == 0
+    for target, overwrite in (("disk/full", True), ("disk/empty", None), ("disk/new", None)):
+        (tmp_path / "link").symlink_to(tmp_path / target, target_is_directory=True)
+        run = write(output_dir=tmp_path / "link", overwrite=overwrite)
+        assert run.code == 0 and len(run.result["removed"]) == 3
+        assert (tmp_path / "link").is_symlink() and (tmp_path / target / WEIGHTS).is_file()
+        (tmp_path / "link").unlink()
+    assert sorted(os.listdir(tmp_path)) == ["disk"] and sorted(os.listdir(tmp_path / "disk")) == ["empty", "full", "new"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written():
+    with pytest.raises(ValueError, match="a mount point.*give a folder in it"):
+        lib.export.check_target("/", "model")
+    with pytest.raises(ValueError, match="a mount point"), lib.export.complete_or_nothing("/"):
+        raise AssertionError("a folder was made")
+
+
 def test_a_full_disk_leaves_nothing_behind(refuses, write, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
