@@ -183,7 +183,6 @@ class Source:
 
         dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         model = load_model(self.path, dtype)
-        self.generation_config = model.generation_config
         tied = set(model.all_tied_weights_keys)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         return _entries(revert_weight_conversion(model, state))

@@ -60,12 +60,14 @@ class Model(NamedTuple):
         return default if field is None else field.value
 
 
-def write_gguf(source, removed, folder, info):
-    """Write model.gguf into `folder`; a format of lib.export.FORMATS."""
-    dense = read_gguf(source.path) if source.gguf else from_checkpoint(source, removed)
-    pruned = prune(dense, removed)
-    save_gguf(Path(folder) / "model.gguf", pruned, info)
-    return f"A GGUF file of llama.cpp's architecture `{pruned.arch}`:\n\n```bash\nllama-cli -m model.gguf\n```"
+def as_gguf(source, removed, info):
+    """One file, model.gguf; a format of lib.export.FORMATS."""
+    pruned = prune(read_gguf(source.path) if source.gguf else from_checkpoint(source, removed), removed)
+
+    def write(folder):
+        save_gguf(folder / "model.gguf", pruned, info)
+
+    return write, f"A GGUF file of llama.cpp's architecture `{pruned.arch}`:\n\n```bash\nllama-cli -m model.gguf\n```"
 
 
 def prune(model, removed):
