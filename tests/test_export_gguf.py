@@ -186,6 +186,20 @@ def test_the_check_compares_with_the_blocks_that_the_file_names(call, folder, te
     assert_refused(call(check_gguf.main, str(tmp_path / "bare.gguf"), *flags(**given)), "no pruning_info")
 
 
+def test_the_check_passes_neither_nan_nor_a_short_text(call, folder, text, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    from scripts import check_gguf
+
+    path = str(written(folder(), tmp_path / "out", "mha1"))
+    (tmp_path / "short").write_text("the fox")
+    run = call(check_gguf.main, path, *flags(model_path=folder(), text=tmp_path / "short", tokens=40))
+    assert_refused(run, "--text", "41 are needed", "fewer --tokens")
+    nan = check_gguf.masked_logits(folder(), [], text, 9)[1] * float("nan")
+    monkeypatch.setattr(check_gguf, "masked_logits", lambda *args: (IDS[:9], nan))
+    run = call(check_gguf.main, path, *flags(model_path=folder(), text=text, tokens=8))
+    assert run.code == 1 and run.result["logprob"] == "nan"
+
+
 def test_the_benchmark_runs_files_in_turns(call, folder, tmp_path):
     pytest.importorskip("xllamacpp")
     from scripts import bench_gguf
@@ -487,6 +501,9 @@ def test_a_gguf_file_that_cannot_be_pruned_is_refused(folder, tmp_path, change, 
 def test_an_export_is_no_source_again_and_no_file_is_no_gguf(folder, tmp_path):
     with pytest.raises(ValueError, match="architecture deci"):
         read_gguf(written(folder(), tmp_path / "out", "mha1"))
+    whole = written(folder(), tmp_path / "whole", "mha1 mlp1")  # this one is, and says so
+    again = read_info(written(whole, tmp_path / "again", "mha1 mlp1"))
+    assert again["pruned_before"] == read_info(whole) and again["base_model"] == "model.gguf"
     (tmp_path / "no.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ValueError, match="no.gguf"):
         read_gguf(tmp_path / "no.gguf")
