@@ -68,7 +68,7 @@ class Source:
     """
 
     def __init__(self, path, compute_dtype=None, trust_remote_code=False):
-        self.path = str(path)
+        self.path, self.trust_remote_code = str(path), trust_remote_code
         self.config = load_config(path, trust_remote_code)
         quantised = getattr(self.config, "quantization_config", None)
         if quantised:
@@ -286,7 +286,9 @@ def _read_files(files):
     stored, dtypes = {}, {code: dtype for dtype, code in CODES.items()}
     for file in files:
         if file.suffix == ".bin":
-            stored |= _entries(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+            with open(file, "rb") as opened:
+                mapped = opened.read(2) == b"PK"  # not so before torch 1.6, whose files are no zip archives
+            stored |= _entries(torch.load(file, map_location="cpu", mmap=mapped, weights_only=True))
             continue
         opened = safe_open(file, framework="pt", device="cpu")
         for name in opened.keys():

@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ TOKENIZER_FILES = (
     "chat_template*",
 )  # fmt: skip
 LICENCES = ("LICENSE*", "NOTICE*")
+WRITTEN = (  # all that an export may consist of
+    *TOKENIZER_FILES, *LICENCES, "README.md", "config.json", "generation_config.json", "model.gguf", "*.py",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
 SEARCH_KEYS = (  # what of an order's meta goes into the export
     "block_type", "dataset", "source", "split", "seed", "documents", "windows", "seqlen", "tokens", "text_sha256",
     "dtype", "engine", "approximate", "metric", "protect_first", "protect_last", "window",
@@ -72,7 +77,7 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     write, how_to_load = FORMATS[format](source, removed, info)
     text = card(source, info, how_to_load)
     with complete_or_nothing(folder) as temporary:
-        _copy_small_files(source, temporary, format, trust_remote_code)
+        _copy_small_files(source, temporary, format)
         (temporary / "README.md").write_text(text, encoding="utf-8")
         write(temporary)  # last: the rest, where it can fail, fails in seconds
         size = sum(file.stat().st_size for file in temporary.iterdir())
@@ -276,12 +281,15 @@ def check_target(folder, path, overwrite=False):
     try:
         if (folder / "model.gguf").is_file():
             read_info(folder / "model.gguf")
-            return
-        ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            ours = True
+        else:
+            ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
-    if not ours:
-        raise ValueError(f"{folder}: holds other things than an export; empty it or give another folder")
+    foreign = [f.name for f in folder.iterdir() if f.is_dir() or not any(fnmatch(f.name, p) for p in WRITTEN)]
+    if foreign or not ours:
+        what = f" ({min(foreign)})" if foreign else ""
+        raise ValueError(f"{folder}: holds other things than an export{what}; empty it or give another folder")
 
 
 def _place(folder):
@@ -312,7 +320,7 @@ def complete_or_nothing(folder):
             shutil.rmtree(old) if folder.exists() else old.rename(folder)
 
 
-def _copy_small_files(source, folder, format, trust_remote_code):
+def _copy_small_files(source, folder, format):
     """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
     from transformers import AutoTokenizer
 
@@ -325,7 +333,7 @@ def _copy_small_files(source, folder, format, trust_remote_code):
             with readable(source.path, "tokenizer"), quiet():
                 where, gguf = locate(source.path)
                 kwargs = {"gguf_file": gguf} if gguf else {}
-                tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
+                tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **kwargs)
                 tokenizer.save_pretrained(folder)
         patterns = (*TOKENIZER_FILES, *LICENCES, *(["*.py"] if getattr(source.config, "auto_map", None) else []))
     for pattern in patterns if not source.gguf else ():

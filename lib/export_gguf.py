@@ -240,7 +240,7 @@ def from_checkpoint(source, removed):
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = _constant(_llama3_factors(config))
-    tokenizer = load_tokenizer(source.path)
+    tokenizer = load_tokenizer(source.path, source.trust_remote_code)
     return Model(arch, writer.kv_data[0] | vocabulary(tokenizer, config.vocab_size), tensors)
 
 

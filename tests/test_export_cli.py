@@ -319,6 +319,13 @@ def test_a_target_that_is_taken_is_refused(refuses, write, toy_folder, text, tmp
     assert json.loads((out / "config.json").read_text())["pruning_info"]["removed"] == ["mlp1"]
     refuses("--output-dir", "not a folder", output_dir=text)
     refuses("--output-dir", "not a folder", output_dir=text / "out")
+    for name in ("results.json", "training_args.bin", "optimizer.safetensors"):
+        (out / name).write_text("of somebody's")
+        refuses(name, "other things", output_dir=out, overwrite=True)
+        (out / name).unlink()
+    (out / "checkpoint-100").mkdir()
+    refuses("checkpoint-100", "other things", output_dir=out, overwrite=True)
+    (out / "checkpoint-100").rmdir()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")

@@ -114,6 +114,24 @@ def test_llama_cpp_agrees_on_every_family_offered(folder, tmp_path, name, overri
     assert_same(written(folder(name, **overrides), tmp_path / "out", removed), folder(name, **overrides), removed)
 
 
+@pytest.mark.parametrize("removed", ("mha0 mlp1 mlp3", "mha1 mha2 mlp2 mlp3"))
+def test_greedy_generation_with_llama_cpps_cache_is_transformers_without(folder, tmp_path, removed):
+    pytest.importorskip("xllamacpp")
+    from lib.model import load_model
+    from scripts.llamacpp import Server
+
+    found, wanted = IDS[:5], torch.tensor([IDS[:5]])
+    with Server(written(folder(), tmp_path / "out", removed), 256, exact=True) as server:
+        for _ in range(12):
+            found = [*found, server.logprobs(found, SHAPE["vocab_size"]).argmax().item()]
+    decoder = Decoder(load_model(folder(), "fp32"))
+    with decoder.masked(blocks(removed)), torch.inference_mode():
+        for _ in range(12):
+            logits = decoder.model(wanted, use_cache=False).logits[:, -1:]
+            wanted = torch.cat([wanted, logits.argmax(-1)], 1)
+    assert found == wanted[0].tolist()
+
+
 def test_an_attention_without_mlp_is_lost_where_the_zero_mlp_is_left_out(folder, tmp_path):
     """Why it is written: llama.cpp skips the rest of a layer whose feed_forward_length is 0, attention included."""
     path = written(folder(), tmp_path / "out", "mlp2")
@@ -381,6 +399,22 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path, name):
     with Server(written(tmp_path / "model", tmp_path / "out", "mha1"), 256) as server:
         for text in TEXTS[: 5 if name == "byte fallback" else 6]:  # spaces after special tokens differ there
             assert server.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_a_tokenizer_with_code_of_its_own_is_run_where_that_is_allowed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    shutil.copytree(folder(), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    (tmp_path / "model" / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    path = written(tmp_path / "model", tmp_path / "out", "mha1", trust_remote_code=True)
+    tokens = gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
+    assert tokens == gguf.GGUFReader(written(folder(), tmp_path / "plain", "mha1")).fields[
+        "tokenizer.ggml.tokens"].contents()  # fmt: skip
 
 
 # ---- what is refused ------------------------------------------------------------------------------
