@@ -90,15 +90,6 @@ def main(argv=None):
             orders.write_json(args.output_path, result)
 
     save()
-    if args.export_path:
-        evaluated = {key: result[key] for key in ("dataset", "dense_perplexity", "perplexity", "windows", "seqlen")}
-        with parser.user_errors():
-            result["export"] = export.export(
-                args.model_path, order, args.export_path, compute_dtype=args.compute_dtype, meta=meta,
-                trust_remote_code=args.trust_remote_code, versions=flags.versions(), evaluated=evaluated,
-            )  # fmt: skip
-        print(f"export        {args.export_path}, format {result['export']['format']}")
-    save()
     for task in args.tasks if args.do_eval else ():
         most = args.limit.get(task, args.limit.get(None))
         result["tasks"] |= tasks.zero_shot(
@@ -107,16 +98,32 @@ def main(argv=None):
         save()
     print()
     print_table(result, label)
+    failed = None
+    if args.export_path:  # last: what is measured is not lost where it fails
+        keys = "dataset", "dense_perplexity", "perplexity", "windows", "seqlen", "limit"
+        try:
+            result["export"] = export.export(
+                args.model_path, order, args.export_path, compute_dtype=args.compute_dtype, meta=meta,
+                trust_remote_code=args.trust_remote_code, versions=flags.versions(),
+                evaluated={key: result[key] for key in keys},
+            )  # fmt: skip
+            print(f"export        {args.export_path}, format {result['export']['format']}")
+        except (ValueError, OSError) as error:
+            failed = error
+        save()
     print(orders.to_json(result))
+    if failed:
+        parser.error(failed)
 
 
 def check(args):
     """Raise ValueError for whatever flags, files and the configuration already tell; return (removals, meta)."""
     from lib import tasks
-    from lib.checkpoint import Source
+    from lib.blocks import block_parameters, find_layers
+    from lib.checkpoint import Source, check_space
     from lib.data import check_dataset
     from lib.export import check_target, choose
-    from lib.model import check_device, skeleton
+    from lib.model import DTYPES, check_device, parameter_count, skeleton
 
     check_device(args.device)
     check_dataset(args.cal_dataset, args.cal_split, args.data_dir, held_out=True)
@@ -135,6 +142,8 @@ def check(args):
         flags.check_folder(args.export_path, "--export-path")
         check_target(args.export_path, args.model_path)
         choose(Source(args.model_path, args.compute_dtype, args.trust_remote_code), removed)
+        left = parameter_count(bare) - block_parameters(find_layers(bare), removed)
+        check_space(args.export_path, left * DTYPES[args.compute_dtype].itemsize)
     return removed, meta
 
 

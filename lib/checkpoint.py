@@ -8,6 +8,7 @@ while loading.
     source = Source("models/Llama-2-7b-hf")
     write_shards("copy", [source.entry(name) for name in source.names()])
 """
+import copy
 import functools
 import json
 import re
@@ -19,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from lib.blocks import FAMILIES, KINDS, find_layers
-from lib.model import DTYPES, load_config, load_model, locate, readable, skeleton
+from lib.model import DTYPES, load_config, load_model, locate, quiet, readable, skeleton
 
 SHARD_BYTES = 5 * 10**9
 CODES = {  # the names of safetensors
@@ -67,7 +68,7 @@ class Source:
     """
 
     def __init__(self, path, compute_dtype=None, trust_remote_code=False):
-        self.path = str(path)
+        self.path, self.trust_remote_code = str(path), trust_remote_code
         self.config = load_config(path, trust_remote_code)
         quantised = getattr(self.config, "quantization_config", None)
         if quantised:
@@ -98,6 +99,9 @@ class Source:
     def _stored(self):
         with readable(self.path, "weights"):
             stored = self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
+        # old checkpoints hold the frequencies of rotations too, which loaders compute; llama.cpp refuses such a file
+        stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+        self._untie(stored)
         found = {place.layer for place in map(self.place, stored) if place}
         if found != set(range(self.n_layers)):
             raise ValueError(
@@ -156,12 +160,29 @@ class Source:
             entries += [self.entry(name, f"{place.head}{label}.{place.rest}") for label in labels]
         return entries
 
+    def _untie(self, stored):
+        """Leave one of tied tensors, under the name that the other refers to; refuse two that differ."""
+        for names in getattr(self.bare, "all_tied_weights_keys", {}).items():
+            short = [name.removeprefix(f"{self.bare.base_model_prefix}.") for name in names]  # files of the base model
+            head, own = (s if s in stored else name for s, name in zip(short, names, strict=True))
+            if head not in stored:
+                continue
+            if own not in stored:
+                stored[own] = stored[head]
+            with readable(self.path, "weights"):
+                same = torch.equal(stored[head].load(), stored[own].load())
+            if not same:
+                raise ValueError(
+                    f"--model-path {self.path}: its configuration ties {head} to {own}, but it holds both and they "
+                    'differ; say "tie_word_embeddings": false in its config.json'
+                )
+            del stored[head]
+
     def _read_gguf(self):
         from transformers.core_model_loading import revert_weight_conversion
 
         dtype = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         model = load_model(self.path, dtype)
-        self.generation_config = model.generation_config
         tied = set(model.all_tied_weights_keys)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
         return _entries(revert_weight_conversion(model, state))
@@ -174,6 +195,22 @@ def check_whole(config, path):
             f"--model-path {path}: a pruned export ({config.model_type}), whose blocks have moved; give its base model "
             f"{config.pruning_info['base_model']}, and an order that removes more"
         )
+
+
+def verify(model_class, config, entries):
+    """Raise ValueError unless `entries` are all that the model of `config` needs, in its shapes; reads no weights."""
+    state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
+    with quiet(), torch.device("meta"):
+        _, info = model_class.from_pretrained(
+            None, config=copy.deepcopy(config), state_dict=state, device_map="meta", output_loading_info=True
+        )
+    for key in ("missing_keys", "mismatched_keys", "error_msgs"):  # what is left over is ignored by every loader
+        wrong = sorted(map(str, info.get(key, ())))
+        if wrong:
+            raise ValueError(
+                f"the weights make no {model_class.__name__} ({key.replace('_', ' ')}: {', '.join(wrong[:3])}); "
+                "give a complete source and the config.json it was saved with"
+            )
 
 
 def check_space(folder, nbytes):
@@ -249,7 +286,9 @@ def _read_files(files):
     stored, dtypes = {}, {code: dtype for dtype, code in CODES.items()}
     for file in files:
         if file.suffix == ".bin":
-            stored |= _entries(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+            with open(file, "rb") as opened:
+                mapped = opened.read(2) == b"PK"  # not so before torch 1.6, whose files are no zip archives
+            stored |= _entries(torch.load(file, map_location="cpu", mmap=mapped, weights_only=True))
             continue
         opened = safe_open(file, framework="pt", device="cpu")
         for name in opened.keys():

@@ -12,15 +12,16 @@ import copy
 import json
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from lib import modeling_blockpruned as modeling
 from lib.blocks import block_parameters
-from lib.checkpoint import Entry, Source, write_shards
-from lib.export_decilm import write_decilm
-from lib.export_gguf import read_info, write_gguf
+from lib.checkpoint import Entry, Source, verify, write_shards
+from lib.export_decilm import as_decilm
+from lib.export_gguf import as_gguf, read_info
 from lib.layers import Layer, repack
 from lib.model import locate, parameter_count, quiet, readable
 from lib.orders import check_order
@@ -35,12 +36,16 @@ PATTERNS = {
 }
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json",
+    "chat_template*",
 )  # fmt: skip
 LICENCES = ("LICENSE*", "NOTICE*")
+WRITTEN = (  # all that an export may consist of
+    *TOKENIZER_FILES, *LICENCES, "README.md", "config.json", "generation_config.json", "model.gguf", "*.py",
+    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
 SEARCH_KEYS = (  # what of an order's meta goes into the export
     "block_type", "dataset", "source", "split", "seed", "documents", "windows", "seqlen", "tokens", "text_sha256",
-    "dtype", "engine", "approximate",
+    "dtype", "engine", "approximate", "metric", "protect_first", "protect_last", "window",
 )  # fmt: skip
 
 
@@ -67,10 +72,14 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
         **perplexities(removed, meta), "search": {k: dict(meta)[k] for k in SEARCH_KEYS if k in dict(meta)},
         "evaluated": evaluated, "versions": dict(versions),
     }  # fmt: skip
+    if before := pruned_before(source):
+        info["pruned_before"] = before
+    write, how_to_load = FORMATS[format](source, removed, info)
+    text = card(source, info, how_to_load)
     with complete_or_nothing(folder) as temporary:
-        how_to_load = FORMATS[format](source, removed, temporary, info)
-        _copy_small_files(source, temporary, format, trust_remote_code)
-        (temporary / "README.md").write_text(card(source, info, how_to_load), encoding="utf-8")
+        _copy_small_files(source, temporary, format)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        write(temporary)  # last: the rest, where it can fail, fails in seconds
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return {"export": str(folder), **info, "bytes": size}
 
@@ -85,21 +94,24 @@ def choose(source, removed):
     return "stock"
 
 
-# ---- formats: write weights and configuration, return how to load them -------------------------------------
+# ---- formats -------------------------------------------------------------------------------------------------
 
 
-def write_stock(source, removed, folder, info):
+def as_stock(source, removed, info):
     """The original class with fewer layers. Refused where a layer would be incomplete, or changes with its place."""
     config, layers = stock_config(source, removed)
     config.pruning_info = info | {"source_blocks": [str(layer) for layer in layers]}
     entries = source.relabelled({block: k for k, layer in enumerate(layers) for block in layer.blocks()})
     verify(type(source.bare), config, entries)
-    write_shards(folder, entries)
-    _save_config(source, config, folder)
-    return _python("PATH")
+
+    def write(folder):
+        write_shards(folder, entries)
+        _save_config(source, config, folder)
+
+    return write, _python("PATH")
 
 
-def write_hf(source, removed, folder, info):
+def as_hf(source, removed, info):
     """A checkpoint with its own modeling file: one layer for each attention, MLPs chained to it."""
     chains = anchored(source, removed)
     family = type(source.config).__name__, type(source.bare.base_model).__name__, type(source.bare).__name__
@@ -124,16 +136,19 @@ def write_hf(source, removed, folder, info):
             labels |= dict.fromkeys(layer.blocks(), label)
     entries = source.relabelled(labels)
     verify(model_class, config, entries)
-    write_shards(folder, entries)
-    shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
-    _save_config(source, config, folder)
-    return _python("PATH, trust_remote_code=True") + (
+
+    def write(folder):
+        write_shards(folder, entries)
+        shutil.copyfile(modeling.__file__, folder / Path(modeling.__file__).name)
+        _save_config(source, config, folder)
+
+    return write, _python("PATH, trust_remote_code=True") + (
         f"\n\nThe code is `{Path(modeling.__file__).name}` beside the weights; it builds on the classes of "
         "transformers 5. A program that does not run it refuses the model type.\n"
     )
 
 
-def write_zeroed(source, removed, folder, info):
+def as_zeroed(source, removed, info):
     """The model at its full size, the removed blocks' weights zero: loads everywhere and saves nothing."""
     config, gone = copy.deepcopy(source.config), {tuple(block) for block in removed}
     on_stream = getattr(config, "apply_residual_connection_post_layernorm", False)
@@ -155,17 +170,20 @@ def write_zeroed(source, removed, folder, info):
                 entry = Entry(name, entry.shape, entry.dtype, _zeros(entry))
         entries.append(entry)
     verify(type(source.bare), config, entries)
-    write_shards(folder, entries)
-    _save_config(source, config, folder)
-    return _python("PATH") + (
+
+    def write(folder):
+        write_shards(folder, entries)
+        _save_config(source, config, folder)
+
+    return write, _python("PATH") + (
         "\n\nThe removed blocks are there, with weights of zero: this checkpoint is as large and as slow as its base.\n"
     )
 
 
-# A format is a function (source, removed, folder, info) that writes weights and configuration to the empty
-# `folder` and returns how to load them, for the model card (Markdown). It raises ValueError, naming the
-# nearest format, for a model that cannot have it. info: what goes into the configuration as pruning_info.
-FORMATS = {"stock": write_stock, "hf": write_hf, "decilm": write_decilm, "gguf": write_gguf, "zeroed": write_zeroed}
+# A format is a function (source, removed, info) that writes nothing and returns (write, how to load it): write(folder)
+# writes weights and configuration, the other is Markdown for the model card. It raises ValueError, naming the nearest
+# format, for a model that cannot have it. info: goes into the configuration as pruning_info; decilm adds to it.
+FORMATS = {"stock": as_stock, "hf": as_hf, "decilm": as_decilm, "gguf": as_gguf, "zeroed": as_zeroed}
 
 
 def stock_config(source, removed):
@@ -246,51 +264,46 @@ def anchored(source, removed):
     return chains
 
 
-def verify(model_class, config, entries):
-    """Raise ValueError unless `entries` are all that the model of `config` needs, in its shapes; reads no weights."""
-    state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
-    with quiet(), torch.device("meta"):
-        _, info = model_class.from_pretrained(
-            None, config=copy.deepcopy(config), state_dict=state, device_map="meta", output_loading_info=True
-        )
-    for key in ("missing_keys", "mismatched_keys", "error_msgs"):  # what is left over is ignored by every loader
-        wrong = sorted(map(str, info.get(key, ())))
-        if wrong:
-            raise ValueError(
-                f"the export would be no {model_class.__name__} ({key.replace('_', ' ')}: {', '.join(wrong[:3])}); "
-                "give a complete source and the config.json it was saved with"
-            )
-
-
 # ---- what lies around the weights ----------------------------------------------------------------------------
 
 
 def check_target(folder, path, overwrite=False):
     """Raise ValueError where `folder` is taken: by files, or with `overwrite` by anything but an earlier export."""
-    folder = Path(folder).expanduser()
+    folder = _place(folder)
     if folder.is_file():
         raise ValueError(f"{folder}: a file; give a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise ValueError(f"{folder}: is not empty; give another folder (scripts.export may --overwrite an export)")
-    if Path(path).exists() and folder.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+    if Path(path).exists() and folder in (Path(path).resolve(), *Path(path).resolve().parents):
         raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
         if (folder / "model.gguf").is_file():
             read_info(folder / "model.gguf")
-            return
-        ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            ours = True
+        else:
+            ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         ours = False
-    if not ours:
-        raise ValueError(f"{folder}: holds other things than an export; empty it or give another folder")
+    foreign = [f.name for f in folder.iterdir() if f.is_dir() or not any(fnmatch(f.name, p) for p in WRITTEN)]
+    if foreign or not ours:
+        what = f" ({min(foreign)})" if foreign else ""
+        raise ValueError(f"{folder}: holds other things than an export{what}; empty it or give another folder")
+
+
+def _place(folder):
+    """Return where `folder` is, behind links: it is replaced on its own disk. Refuse what cannot be replaced."""
+    place = Path(folder).expanduser().resolve()
+    if place.is_mount():
+        raise ValueError(f"{folder}: a mount point, which no finished folder can replace; give a folder in it")
+    return place
 
 
 @contextlib.contextmanager
 def complete_or_nothing(folder):
     """Give an empty folder beside `folder` that takes its place at the end, and is gone after an error."""
-    folder = Path(folder).expanduser().absolute()
+    folder = _place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     temporary.mkdir()
@@ -307,29 +320,42 @@ def complete_or_nothing(folder):
             shutil.rmtree(old) if folder.exists() else old.rename(folder)
 
 
-def _copy_small_files(source, folder, format, trust_remote_code):
+def _copy_small_files(source, folder, format):
     """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
     from transformers import AutoTokenizer
 
-    new_type = format in ("hf", "decilm")
-    if format != "gguf" and (source.gguf or (new_type and any(source.folder.glob("tokenizer*")))):
-        # transformers chooses a tokenizer's class by model type, too; under a new type the file has to name it
-        with readable(source.path, "tokenizer"), quiet():
-            where, gguf = locate(source.path)
-            kwargs = {"gguf_file": gguf} if gguf else {}
-            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
-            tokenizer.save_pretrained(folder)
-    if format == "gguf":  # holds all of it but the licence
-        patterns = () if source.gguf else LICENCES
-    elif source.gguf:
-        source.generation_config.save_pretrained(folder)
-        return
-    else:
+    patterns = LICENCES  # a .gguf file holds all the rest
+    if format != "gguf":
+        _write_generation_config(source, folder)
+        new_type = format in ("hf", "decilm")
+        if source.gguf or (new_type and any(any(source.folder.glob(pattern)) for pattern in TOKENIZER_FILES)):
+            # transformers chooses a tokenizer's class by model type, too; under a new type the file has to name it
+            with readable(source.path, "tokenizer"), quiet():
+                where, gguf = locate(source.path)
+                kwargs = {"gguf_file": gguf} if gguf else {}
+                tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **kwargs)
+                tokenizer.save_pretrained(folder)
         patterns = (*TOKENIZER_FILES, *LICENCES, *(["*.py"] if getattr(source.config, "auto_map", None) else []))
-    for pattern in patterns:
+    for pattern in patterns if not source.gguf else ():
         for file in source.folder.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+
+
+def _write_generation_config(source, folder):
+    """Write generation_config.json: the source's, else what transformers finds in its configuration."""
+    from transformers import GenerationConfig
+
+    name, settings = "generation_config.json", getattr(source.bare, "generation_config", None)
+    if not source.gguf:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+            return
+        with readable(source.path, "configuration"), quiet():
+            settings = GenerationConfig.from_pretrained(
+                source.folder, config_file_name="config.json", _from_model_config=True
+            )
+    settings.to_json_file(folder / name)
 
 
 def base_name(source):
@@ -341,8 +367,17 @@ def perplexities(removed, meta):
     """Return the order's perplexities, dense and after these removals; None where the order does not know them."""
     steps = dict(meta).get("steps")
     step = steps[len(removed) - 1] if removed and isinstance(steps, list) and len(steps) >= len(removed) else {}
+    step = step if isinstance(step, dict) else {}
     dense = dict(meta).get("dense_perplexity")
     return {"dense_perplexity": dense, "perplexity": step.get("perplexity") if removed else dense}
+
+
+def pruned_before(source):
+    """Return the pruning_info of a source that is an export itself, None of another."""
+    if not source.gguf:
+        return getattr(source.config, "pruning_info", None)
+    with contextlib.suppress(ValueError):
+        return read_info(source.path)
 
 
 def card(source, info, how_to_load):
@@ -353,16 +388,24 @@ def card(source, info, how_to_load):
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
     n, search = len(info["removed"]), info["search"]
     lines += [f"# {Path(info['base_model']).stem} without {n} of its blocks", ""]
-    lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, found by BlockPruner:", ""]
+    metric, kind = search.get("metric", "ppl"), search.get("block_type", "mix")
+    found = "found by BlockPruner" if (metric, kind) == ("ppl", "mix") else f"chosen by {metric}, block type {kind}"
+    lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, {found}:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
+    if "pruned_before" in info:
+        lines += [f"{info['base_model']} was pruned before: `pruned_before` in `pruning_info` says how.", ""]
     lines += ["| | base | pruned |", "|---|---|---|"]
     less = f"(-{info['removed_percent']:.2f} %)"
     lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} {less} |"]
+    if "stored_parameters" in info:
+        lines += [f"| parameters in the file | | {info['stored_parameters']:,} |"]  # padding, a head of its own
     measured = [(info, f"{search.get('dataset', 'calibration')}, the search's text")]
-    measured += [(info["evaluated"], info["evaluated"]["dataset"])] if info["evaluated"] else []
+    if evaluated := info["evaluated"]:
+        measured.append((evaluated, ", ".join(filter(None, (evaluated["dataset"], evaluated.get("limit"))))))
     for values, text in measured:
-        if isinstance(values["perplexity"], float):
-            lines += [f"| perplexity ({text}) | {values['dense_perplexity']:.4f} | {values['perplexity']:.4f} |"]
+        pair = values["dense_perplexity"], values["perplexity"]
+        if all(isinstance(value, (int, float)) for value in pair):  # infinities are strings
+            lines += ["| perplexity ({}) | {:.4f} | {:.4f} |".format(text, *pair)]
     return "\n".join([*lines, "", "## Loading it", "", how_to_load.strip(), ""])
 
 
@@ -373,12 +416,14 @@ def _licence(source):
 
         field = GGUFReader(source.path).fields.get("general.license")
         return {"license": field.contents()} if field else {}
-    readme = source.folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    header = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
-    pairs = [line.partition(":")[::2] for line in header.splitlines()]
-    keys = ("license", "license_name", "license_link")
-    return {key: value.strip().strip("\"'") for key, value in pairs if key in keys and value.strip()}
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    keys, data = ("license", "license_name", "license_link"), {}
+    if (readme := source.folder / "README.md").is_file():
+        with contextlib.suppress(ValueError, yaml.YAMLError):  # a card that the hub refuses, too
+            data = metadata_load(readme) or {}
+    return {key: data[key] for key in keys if data.get(key)}
 
 
 def _python(arguments):

@@ -8,11 +8,11 @@ new spelling, an output bias wherever the queries have one.
     export("models/Llama-2-7b-hf", order[:10], "pruned", format="decilm")
 """
 import json
-from pathlib import Path
+import math
 
 import torch
 
-from lib.checkpoint import Entry, write_shards
+from lib.checkpoint import Entry, verify, write_shards
 from lib.layers import repack
 
 FAMILIES = ("llama", "mistral", "qwen2")  # model types: SiLU, no norms of queries and keys, none behind a block
@@ -45,8 +45,8 @@ class DeciLMConfig(LlamaConfig):
 '''
 
 
-def write_decilm(source, removed, folder, info):
-    """Write weights, config.json and configuration_decilm.py into `folder`; a format of lib.export.FORMATS."""
+def as_decilm(source, removed, info):
+    """Weights, config.json and configuration_decilm.py; a format of lib.export.FORMATS."""
     check_family(source, removed, "decilm")
     layers, config = repack(source.n_layers, removed), source.config
     check_attention(layers, "decilm")
@@ -58,13 +58,19 @@ def write_decilm(source, removed, folder, info):
             f"--format decilm: {config.num_attention_heads} heads of {size} are not the hidden size "
             f"{config.hidden_size}, as mlx-lm wants it; use --format gguf or hf"
         )
-    folder = Path(folder)
-    write_shards(folder, _entries(source, layers))
-    (folder / "config.json").write_text(json.dumps(_config(source, layers, info), indent=2) + "\n", encoding="utf-8")
-    (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
+    verify(type(source.bare), config, [source.entry(name) for name in source.names()])
+    entries = _entries(source, layers)
+    info["stored_parameters"] = sum(math.prod(entry.shape) for entry in entries)  # a head, zeros, wider MLPs
+    settings = json.dumps(_config(source, layers, info), indent=2) + "\n"
+
+    def write(folder):
+        write_shards(folder, entries)
+        (folder / "config.json").write_text(settings, encoding="utf-8")
+        (folder / "configuration_decilm.py").write_text(CONFIGURATION, encoding="utf-8")
+
     zeroed = layers[0].mha is None
     note = "Layer 0 has an attention of zeros, because runtimes expect one there.\n\n" if zeroed else ""
-    return (
+    return write, (
         "A Nemotron-NAS checkpoint (`DeciLMForCausalLM`), for runtimes that have this model built in; transformers "
         f"has not.\n\n{note}```bash\nmlx_lm.generate --model FOLDER --trust-remote-code --prompt ...\n"
         "vllm serve FOLDER --trust-remote-code\n```"

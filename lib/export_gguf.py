@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from lib.checkpoint import check_space
+from lib.checkpoint import check_space, verify
 from lib.export_decilm import check_attention, check_family, head_size
 from lib.gguf_vocab import vocabulary
 from lib.layers import repack
@@ -29,6 +29,7 @@ ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers
 IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
 ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
 MLP = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+OUTER = ("token_embd", "output_norm")  # a head too, where it is not tied
 REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 BLOCK = re.compile(r"blk\.(\d+)\.((\w+)\.(?:weight|bias))")
 FILE_TYPES = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
@@ -59,12 +60,14 @@ class Model(NamedTuple):
         return default if field is None else field.value
 
 
-def write_gguf(source, removed, folder, info):
-    """Write model.gguf into `folder`; a format of lib.export.FORMATS."""
-    dense = read_gguf(source.path) if source.gguf else from_checkpoint(source, removed)
-    pruned = prune(dense, removed)
-    save_gguf(Path(folder) / "model.gguf", pruned, info)
-    return f"A GGUF file of llama.cpp's architecture `{pruned.arch}`:\n\n```bash\nllama-cli -m model.gguf\n```"
+def as_gguf(source, removed, info):
+    """One file, model.gguf; a format of lib.export.FORMATS."""
+    pruned = prune(read_gguf(source.path) if source.gguf else from_checkpoint(source, removed), removed)
+
+    def write(folder):
+        save_gguf(folder / "model.gguf", pruned, info)
+
+    return write, f"A GGUF file of llama.cpp's architecture `{pruned.arch}`:\n\n```bash\nllama-cli -m model.gguf\n```"
 
 
 def prune(model, removed):
@@ -184,6 +187,9 @@ def _check_file(path, model, reader):
         match = BLOCK.fullmatch(name)
         if name.startswith("blk.") and (not match or match[3] not in ATTENTION + MLP):
             refuse(f"{name} is of no known block", "give the model's folder and use --format hf")
+    for part in (*(f"blk.{i}.{p}" for i in range(model.get("block_count")) for p in ATTENTION + MLP), *OUTER):
+        if f"{part}.weight" not in model.tensors:
+            refuse(f"it lacks {part}.weight", "give a complete file")
 
 
 # ---- a checkpoint --------------------------------------------------------------------------------
@@ -198,12 +204,11 @@ def from_checkpoint(source, removed):
 
     check_family(source, removed, "gguf")
     config = source.config
+    verify(type(source.bare), config, [source.entry(name) for name in source.names()])
     arch, heads, kv_heads = ARCHS[config.model_type], config.num_attention_heads, config.num_key_value_heads
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), source.n_layers)
     tensors = {}
     for name in source.names():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise ValueError(
@@ -235,7 +240,7 @@ def from_checkpoint(source, removed):
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = _constant(_llama3_factors(config))
-    tokenizer = load_tokenizer(source.path)
+    tokenizer = load_tokenizer(source.path, source.trust_remote_code)
     return Model(arch, writer.kv_data[0] | vocabulary(tokenizer, config.vocab_size), tensors)
 
 

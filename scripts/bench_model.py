@@ -9,10 +9,10 @@ repeat, so that a noisy machine slows all of them; one turn before is warm-up. R
     python -m scripts.bench_model models/Llama-2-7b-hf --del-block-num 0 5 10 \\
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json
 """
+import argparse
 import contextlib
 import functools
-import os
-import sys
+import io
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,9 +88,8 @@ def main(argv=None):
     with parser.user_errors(), positional():  # everything that can fail fails before weights are read
         vocabulary, order, meta = check(args)
         subjects = load(args, order)
-    searched = Path(str(meta.get("model", args.models[0]))).name
-    if searched != Path(args.models[0]).name:
-        print(f"warning: the order was searched on {searched}", file=sys.stderr)
+    if order:
+        flags.warn_of_order(first_of(args), meta, order)
     print(f"compute       {args.device} ({device_name(args.device)}), {args.compute_dtype}, "
           f"{torch.get_num_threads()} thread(s)")  # fmt: skip
     if note := dtype_note(args.device, args.compute_dtype):
@@ -153,7 +152,7 @@ def check(args):
         if positions and most > positions:
             raise ValueError(f"--prompt-lengths {max(args.prompt_lengths)} --new-tokens {args.new_tokens}: {path} has "
                              f"{positions} positions; use {positions} tokens or fewer in all")  # fmt: skip
-    order, meta = check_removals(args, bare[0]) if args.ppl_search_file else (None, {})
+    order, meta = read_removals(args, bare[0]) if args.ppl_search_file else (None, {})
     need, free = sum(map(parameter_count, bare)) * DTYPES[args.compute_dtype].itemsize, free_memory(args.device)
     if need > free:
         raise ValueError(f"{' '.join(args.models)}: {need / 2**30:,.1f} GiB of weights in {args.compute_dtype}, but "
@@ -173,21 +172,23 @@ def check_plot(path):
         raise ValueError(f"--plot {path}: needs matplotlib; install it, or leave --plot out")
 
 
-def check_removals(args, bare):
-    """Return (removals, meta) of the order; raise ValueError where it, or a K, does not fit the model `bare`."""
+def read_removals(args, bare):
+    """Return (the most removals, meta); raise ValueError where the order, or a K, does not fit the model `bare`."""
     from lib.blocks import find_layers
-    from lib.orders import check_order, read_order
 
-    order, meta = read_order(args.ppl_search_file)
-    K, n_layers = max(args.del_block_num), len(find_layers(bare))
-    if K > len(order):
-        raise ValueError(f"--del-block-num {K}: {args.ppl_search_file} holds {len(order)} removals; use "
-                         f"0..{len(order)}")  # fmt: skip
-    check_order(order, n_layers, args.ppl_search_file, meta)
-    if sum(block.kind == "mha" for block in order[:K]) == n_layers:
-        raise ValueError(f"--del-block-num {K}: removes all {n_layers} attentions, so there is no KV cache to decode "
-                         "with; use fewer")  # fmt: skip
-    return order, meta
+    one = first_of(args)
+    order, meta = flags.read_removals(one)
+    removed, n_layers = flags.check_removals(one, order, meta, bare), len(find_layers(bare))
+    if sum(block.kind == "mha" for block in removed) == n_layers:
+        raise ValueError(f"--del-block-num {one.del_block_num}: removes all {n_layers} attentions, so there is no KV "
+                         "cache to decode with; use fewer")  # fmt: skip
+    return removed, meta
+
+
+def first_of(args):
+    """Return the flags of the first model without the most of its blocks, as other scripts name them."""
+    return argparse.Namespace(model_path=args.models[0], ppl_search_file=args.ppl_search_file, del_ratio=None,
+                              del_block_num=max(args.del_block_num))  # fmt: skip
 
 
 def free_memory(device):
@@ -301,6 +302,8 @@ def draw(path, summary):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from lib.orders import write_file
+
     models = summary["models"]
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -318,14 +321,8 @@ def draw(path, summary):
         axes.set_ylabel("tokens/s")
         axes.set_title(f"{what}, {summary['dtype']} on {summary['device']}")
     axes.legend()
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    figure.savefig(png := io.BytesIO(), format="png")
+    write_file(path, png.getvalue())
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(argv=None):
     print(f"{args.folder}: {len(removed)} blocks removed, {len(ids)} tokens, all of the vocabulary")
     print(f"largest difference of a logit {logits:.2e}, of a log-probability {logprobs:.2e}")
     print(to_json({"folder": args.folder, "tokens": len(ids), "logit": logits, "logprob": logprobs}))
-    if logprobs > args.tolerance:
+    if not logprobs <= args.tolerance:  # NaN is not
         parser.exit(1, f"more than {args.tolerance}\n")
 
 

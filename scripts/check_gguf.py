@@ -44,12 +44,15 @@ def main(argv=None):
     print(f"{args.file}: {len(removed)} blocks removed, {len(found)} tokens")
     print(f"largest difference of a log-probability {of_text:.2e}, of a probability of any token {of_all:.2e}")
     print(to_json({"file": args.file, "tokens": len(found), "logprob": of_text, "probability": of_all}))
-    if of_text > args.tolerance:
+    if not of_text <= args.tolerance:  # NaN is not
         parser.exit(1, f"more than {args.tolerance}\n")
 
 
 def masked_logits(model_path, removed, text, n):
-    """Return (the first n token ids of the file `text`, float32 logits (n, V)): transformers, blocks by name masked."""
+    """Return (the first n token ids of the file `text`, float32 logits (n, V)): transformers, blocks by name masked.
+
+    Raises ValueError where the text has fewer tokens.
+    """
     import torch
 
     from lib.blocks import Decoder
@@ -58,6 +61,8 @@ def masked_logits(model_path, removed, text, n):
 
     with open(text, encoding="utf-8") as file:
         ids = load_tokenizer(model_path).encode(file.read(40 * n))[:n]
+    if len(ids) < n:
+        raise ValueError(f"--text {text}: {len(ids)} tokens, {n} are needed; give a longer one, or fewer --tokens")
     decoder = Decoder(load_model(model_path, "fp32"))
     with decoder.masked([parse_block(name) for name in removed]), torch.inference_mode():
         return ids, decoder.model(torch.tensor([ids])).logits[0]

@@ -46,6 +46,9 @@ def main(argv=None):
     print(f"removed       {len(removed)} blocks: {' '.join(map(str, removed)) or 'none'}")
     print(f"left          {result['parameters']:,} parameters, pruning ratio {result['removed_percent']:.2f} %")
     print(f"format        {result['format']}")
+    if "stored_parameters" in result:
+        print(f"stored        {result['stored_parameters']:,} parameters: a head of its own, wider MLPs, and "
+              "zeros where runtimes expect weights")  # fmt: skip
     if result["format"] == "zeroed":
         print("note          the removed blocks are zero, not gone: this checkpoint is as large and slow as its base")
     print(f"export        {args.output_dir}, {result['bytes'] / 2**20:,.1f} MiB")

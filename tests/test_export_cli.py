@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 from command_line import assert_refused, flags, shell, tree, write_gguf
+from conftest import byte_tokenizer
 from families import toy
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lib.export
 from lib.blocks import Block, Decoder
-from lib.orders import save_order
+from lib.orders import read_order, save_order
 from scripts import export
 
 ORDER = [Block("mlp", 1), Block("mha", 0), Block("mha", 2), Block("mlp", 0), Block("mha", 1), Block("mlp", 2)]
@@ -118,6 +119,78 @@ def test_the_card_names_base_blocks_figures_and_licence(toy_folder, write, tmp_p
     assert "as large and as slow" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_card_names_another_metric_than_the_papers_and_every_licence(toy_folder, write, order, tmp_path):
+    blocks, meta = read_order(order)
+    how = {"metric": "angular", "block_type": "layer", "window": 2, "protect_first": 1, "protect_last": 0}
+    save_order(tmp_path / "runs.json", blocks, meta | how)
+    shutil.copytree(toy_folder(), tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text("---\nlicense:\n- apache-2.0\n- mit\nlanguage: en\n---\n# Base\n")
+    run = write(ppl_search_file=tmp_path / "runs.json", model_path=tmp_path / "base")
+    assert run.result["search"] == {"dataset": "alpaca", **how}
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "chosen by angular, block type layer" in text and 'license: ["apache-2.0", "mit"]' in text
+    write(output_dir=tmp_path / "paper")
+    assert "found by BlockPruner" in (tmp_path / "paper" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dense, step", (
+    (None, {"perplexity": 9.0}), (8.0, {"perplexity": None}), ("inf", {"perplexity": 9.0}),
+    (8.0, {"perplexity": "nan"}), (8.0, 9.0), (8.0, {}),
+))  # fmt: skip
+def test_perplexities_that_are_no_numbers_are_left_out_of_the_card(write, tmp_path, dense, step):
+    save_order(tmp_path / "o.json", ORDER[:1], {"layers": 3, "dense_perplexity": dense, "steps": [step]})
+    run = write(ppl_search_file=tmp_path / "o.json", del_block_num=1)
+    assert run.code == 0 and run.result["dense_perplexity"] == dense
+    assert "| perplexity" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_stored_is_told_where_it_is_more(write, toy_folder, tmp_path):
+    """decilm has a head of its own and pads: its file is larger than the pruned model."""
+    run = write(format="decilm", model_path=toy_folder(tie_word_embeddings=True), del_block_num=1)
+    stored = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
+    assert run.result["stored_parameters"] == stored > run.result["dense_parameters"]
+    info = json.loads((tmp_path / "out" / "config.json").read_text())["pruning_info"]
+    assert info["stored_parameters"] == stored and f"{stored:,}" in run.out
+    assert f"| parameters in the file | | {stored:,} |" in (tmp_path / "out" / "README.md").read_text()
+    assert "stored_parameters" not in write(output_dir=tmp_path / "hf").result
+
+
+@pytest.mark.parametrize("format", ("hf", "zeroed", "decilm"))
+def test_settings_for_generation_are_found_in_an_old_configuration(write, damaged, format, tmp_path):
+    def old(config):
+        return json.dumps(json.loads(config) | {"temperature": 0.6, "max_length": 50, "do_sample": False}).encode()
+
+    model = damaged("config.json", old)
+    (model / "generation_config.json").unlink()
+    assert write(model_path=model, format=format).code == 0
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (settings.temperature, settings.max_length, settings.eos_token_id) == (0.6, 50, 2)
+
+
+def test_a_tokenizer_of_two_files_is_found_beside_the_new_model_type(write, tmp_path):
+    """GPT-2 as it was published: vocab.json and merges.txt, and the class by the model type."""
+    toy("gpt2", vocab_size=256).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().backend_tokenizer.model.save(str(tmp_path / "gpt2"))
+    wanted = AutoTokenizer.from_pretrained(tmp_path / "gpt2")("some words")["input_ids"]
+    assert write(model_path=tmp_path / "gpt2").result["format"] == "hf"
+    found = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)("some words")["input_ids"]
+    assert found == wanted and len(wanted) == 10
+
+
+def test_a_pruned_model_may_be_pruned_again_and_says_so(write, toy_folder, tmp_path):
+    for format in ("stock", "zeroed"):
+        once, twice = tmp_path / f"{format}-1", tmp_path / f"{format}-2"
+        save_order(tmp_path / "layer.json", [Block("mha", 1), Block("mlp", 1)], {})
+        given = dict(ppl_search_file=tmp_path / "layer.json", del_block_num=2, format=format)
+        first = write(output_dir=once, **given).result
+        second = write(model_path=once, output_dir=twice, **given).result
+        config = json.loads((twice / "config.json").read_text())
+        assert second["base_model"] == once.name and config["pruning_info"]["pruned_before"] == second["pruned_before"]
+        assert all(second["pruned_before"][key] == first[key] for key in ("removed", "parameters", "versions"))
+        assert second["pruned_before"]["base_model"] == toy_folder().name
+        assert f"{once.name} was pruned before" in (twice / "README.md").read_text()
+
+
 def test_a_zeroed_export_says_that_it_saves_nothing(write):
     assert "not gone" in write(format="zeroed").out
 
@@ -160,6 +233,24 @@ def test_eval_exports_what_it_has_measured(evaluate, write, order, toy_folder, t
     assert info["evaluated"]["perplexity"] == run.result["perplexity"]
     again = evaluate(model_path=tmp_path / "short", trust_remote_code=True)
     assert again.result["perplexity"] == pytest.approx(run.result["perplexity"], rel=1e-5)
+
+
+def test_a_reduced_run_is_no_result_on_the_card_either(evaluate, order, tmp_path):
+    run = evaluate(ppl_search_file=order, del_block_num=3, export_path=tmp_path / "out", limit=2)
+    assert run.result["export"]["evaluated"]["limit"] == "NOT A RESULT, --limit: all=2"
+    assert "NOT A RESULT, --limit: all=2) |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_was_measured_is_not_lost_with_the_export(evaluate, order, monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(lib.export, "write_shards", full)
+    given = dict(ppl_search_file=order, del_block_num=3, output_path=tmp_path / "result.json")
+    run = evaluate(export_path=tmp_path / "out", **given)
+    assert run.code == 2 and run.err.count("\n") == 1 and "No space left on device; nothing was left" in run.err
+    assert run.result["perplexity"] == json.loads((tmp_path / "result.json").read_text())["perplexity"] > 1
+    assert "3 blocks removed" in run.out and os.listdir(tmp_path) == ["result.json"]
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -207,10 +298,14 @@ def test_a_format_that_the_model_cannot_have_is_refused_by_name(refuses, toy_fol
     refuses(*says, model_path=toy_folder(name), format=format, del_block_num=k)
 
 
-def test_eval_refuses_an_export_before_it_reads_weights(refused, order, damaged, tmp_path):
+def test_eval_refuses_an_export_before_it_reads_weights(refused, order, damaged, monkeypatch, tmp_path):
     folder = damaged(WEIGHTS, lambda b: b"")
     same = dict(script="eval", model_path=folder, ppl_search_file=order)
     refused("no attention", del_block_num=5, export_path=tmp_path / "out", **same)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+        refused("GiB free", "another disk", del_block_num=1, export_path=tmp_path / "out", **same)
     refused("not empty", str(folder), del_block_num=1, export_path=folder, **same)
     refused("--export-path", "not a folder", del_block_num=1, export_path=folder / WEIGHTS / "out", **same)
 
@@ -224,12 +319,39 @@ def test_a_target_that_is_taken_is_refused(refuses, write, toy_folder, text, tmp
     assert json.loads((out / "config.json").read_text())["pruning_info"]["removed"] == ["mlp1"]
     refuses("--output-dir", "not a folder", output_dir=text)
     refuses("--output-dir", "not a folder", output_dir=text / "out")
+    for name in ("results.json", "training_args.bin", "optimizer.safetensors"):
+        (out / name).write_text("of somebody's")
+        refuses(name, "other things", output_dir=out, overwrite=True)
+        (out / name).unlink()
+    (out / "checkpoint-100").mkdir()
+    refuses("checkpoint-100", "other things", output_dir=out, overwrite=True)
+    (out / "checkpoint-100").rmdir()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     refuses("other things than an export", output_dir=foreign, overwrite=True)
     refuses("holds the model itself", model_path=out, output_dir=out, overwrite=True)
     refuses("holds the model itself", output_dir=toy_folder().parent, overwrite=True)
+
+
+def test_a_link_is_followed_to_its_disk_and_stays(write, tmp_path):
+    for name in ("disk/full", "disk/empty"):
+        (tmp_path / name).mkdir(parents=True)
+    assert write(output_dir=tmp_path / "disk" / "full", del_block_num=1).code == 0
+    for target, overwrite in (("disk/full", True), ("disk/empty", None), ("disk/new", None)):
+        (tmp_path / "link").symlink_to(tmp_path / target, target_is_directory=True)
+        run = write(output_dir=tmp_path / "link", overwrite=overwrite)
+        assert run.code == 0 and len(run.result["removed"]) == 3
+        assert (tmp_path / "link").is_symlink() and (tmp_path / target / WEIGHTS).is_file()
+        (tmp_path / "link").unlink()
+    assert os.listdir(tmp_path) == ["disk"] and sorted(os.listdir(tmp_path / "disk")) == ["empty", "full", "new"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_written():
+    with pytest.raises(ValueError, match="a mount point.*give a folder in it"):
+        lib.export.check_target("/", "model")
+    with pytest.raises(ValueError, match="a mount point"), lib.export.complete_or_nothing("/"):
+        raise AssertionError("a folder was made")
 
 
 def test_a_full_disk_leaves_nothing_behind(refuses, write, monkeypatch, tmp_path):
@@ -254,10 +376,18 @@ def test_an_interrupted_export_leaves_the_old_one(write, monkeypatch, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lib.export, "card", interrupted)  # the last thing written
+    monkeypatch.setattr(lib.export, "_save_config", interrupted)  # the last thing written
     with pytest.raises(KeyboardInterrupt):
         write(overwrite=True)
     assert tree(tmp_path) == before
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused_before_weights_are_written(refuses, damaged, monkeypatch):
+    def written(*args):
+        raise AssertionError("weights were written")
+
+    monkeypatch.setattr(lib.export, "write_shards", written)
+    refuses("tokenizer", model_path=damaged("tokenizer.json", lambda b: b"{}"))
 
 
 def test_a_damaged_source_is_refused(refuses, damaged):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from command_line import ROOT
+from command_line import ROOT, flags
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -119,6 +119,21 @@ def test_mlx_lm_agrees_with_transformers(toy_folder, tmp_path):
         subprocess.run([python, script, folder, json.dumps(IDS), out], check=True)
         wanted = expected(toy_folder(name, **overrides), removed)
         assert (torch.from_numpy(np.load(out)) - wanted).abs().max() < 1e-4, (name, overrides, removed)
+
+
+def test_the_check_fails_on_nan(call, toy_folder, text, tmp_path):
+    """A program stands for mlx-lm that writes NaN, then one that writes transformers' own logits."""
+    from scripts import check_decilm
+    from scripts.check_gguf import masked_logits
+
+    folder = written(toy_folder(), tmp_path / "out", "mha1")
+    logits = masked_logits(toy_folder(), ["mha1"], text, 8)[1].numpy()
+    for values, code in ((logits, 0), (logits * np.nan, 1)):
+        np.save(tmp_path / "logits.npy", values)
+        (tmp_path / "program").write_text(f"#!/bin/sh\nfor out; do :; done\ncp {tmp_path}/logits.npy $out\n")
+        (tmp_path / "program").chmod(0o755)
+        given = flags(model_path=toy_folder(), text=text, tokens=8, mlx_python=tmp_path / "program")
+        assert call(check_decilm.main, str(folder), *given).code == code
 
 
 @pytest.mark.parametrize("name, overrides", MODELS)

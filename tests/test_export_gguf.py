@@ -114,6 +114,24 @@ def test_llama_cpp_agrees_on_every_family_offered(folder, tmp_path, name, overri
     assert_same(written(folder(name, **overrides), tmp_path / "out", removed), folder(name, **overrides), removed)
 
 
+@pytest.mark.parametrize("removed", ("mha0 mlp1 mlp3", "mha1 mha2 mlp2 mlp3"))
+def test_greedy_generation_with_llama_cpps_cache_is_transformers_without(folder, tmp_path, removed):
+    pytest.importorskip("xllamacpp")
+    from lib.model import load_model
+    from scripts.llamacpp import Server
+
+    found, wanted = IDS[:5], torch.tensor([IDS[:5]])
+    with Server(written(folder(), tmp_path / "out", removed), 256, exact=True) as server:
+        for _ in range(12):
+            found = [*found, server.logprobs(found, SHAPE["vocab_size"]).argmax().item()]
+    decoder = Decoder(load_model(folder(), "fp32"))
+    with decoder.masked(blocks(removed)), torch.inference_mode():
+        for _ in range(12):
+            logits = decoder.model(wanted, use_cache=False).logits[:, -1:]
+            wanted = torch.cat([wanted, logits.argmax(-1)], 1)
+    assert found == wanted[0].tolist()
+
+
 def test_an_attention_without_mlp_is_lost_where_the_zero_mlp_is_left_out(folder, tmp_path):
     """Why it is written: llama.cpp skips the rest of a layer whose feed_forward_length is 0, attention included."""
     path = written(folder(), tmp_path / "out", "mlp2")
@@ -184,6 +202,20 @@ def test_the_check_compares_with_the_blocks_that_the_file_names(call, folder, te
     del model.fields["pruning_info"]
     save_gguf(tmp_path / "bare.gguf", model)
     assert_refused(call(check_gguf.main, str(tmp_path / "bare.gguf"), *flags(**given)), "no pruning_info")
+
+
+def test_the_check_passes_neither_nan_nor_a_short_text(call, folder, text, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    from scripts import check_gguf
+
+    path = str(written(folder(), tmp_path / "out", "mha1"))
+    (tmp_path / "short").write_text("the fox")
+    run = call(check_gguf.main, path, *flags(model_path=folder(), text=tmp_path / "short", tokens=40))
+    assert_refused(run, "--text", "41 are needed", "fewer --tokens")
+    nan = check_gguf.masked_logits(folder(), [], text, 9)[1] * float("nan")
+    monkeypatch.setattr(check_gguf, "masked_logits", lambda *args: (IDS[:9], nan))
+    run = call(check_gguf.main, path, *flags(model_path=folder(), text=text, tokens=8))
+    assert run.code == 1 and run.result["logprob"] == "nan"
 
 
 def test_the_benchmark_runs_files_in_turns(call, folder, tmp_path):
@@ -369,6 +401,22 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path, name):
             assert server.tokenize(text) == tokenizer.encode(text), text
 
 
+def test_a_tokenizer_with_code_of_its_own_is_run_where_that_is_allowed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    shutil.copytree(folder(), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    (tmp_path / "model" / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    path = written(tmp_path / "model", tmp_path / "out", "mha1", trust_remote_code=True)
+    tokens = gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
+    assert tokens == gguf.GGUFReader(written(folder(), tmp_path / "plain", "mha1")).fields[
+        "tokenizer.ggml.tokens"].contents()  # fmt: skip
+
+
 # ---- what is refused ------------------------------------------------------------------------------
 
 
@@ -471,6 +519,8 @@ def numbers(*values):
     (lambda m: m.fields.update({"split.count": number(2)}), "one of 2 parts"),
     (lambda m: m.tensors.update({"blk.1.ffn_gate_exps.weight": m.tensors["blk.1.ffn_up.weight"]}), "ffn_gate_exps"),
     (lambda m: m.fields.pop("llama.block_count"), "llama.block_count"),
+    (lambda m: m.tensors.pop("blk.2.ffn_up.weight"), "lacks blk.2.ffn_up.weight"),
+    (lambda m: m.tensors.pop("output_norm.weight"), "lacks output_norm.weight"),
     (lambda m: m.fields.update({"llama.rope.dimension_count": number(8)}), "part of each head"),
     (lambda m: m.fields.update({"llama.attention.head_count": numbers(4, 4, 4, 4)}), "head_count differs from layer"),
 ))  # fmt: skip
@@ -485,6 +535,9 @@ def test_a_gguf_file_that_cannot_be_pruned_is_refused(folder, tmp_path, change, 
 def test_an_export_is_no_source_again_and_no_file_is_no_gguf(folder, tmp_path):
     with pytest.raises(ValueError, match="architecture deci"):
         read_gguf(written(folder(), tmp_path / "out", "mha1"))
+    whole = written(folder(), tmp_path / "whole", "mha1 mlp1")  # this one is, and says so
+    again = read_info(written(whole, tmp_path / "again", "mha1 mlp1"))
+    assert again["pruned_before"] == read_info(whole) and again["base_model"] == "model.gguf"
     (tmp_path / "no.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(ValueError, match="no.gguf"):
         read_gguf(tmp_path / "no.gguf")

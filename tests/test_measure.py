@@ -11,7 +11,8 @@ from families import TOYS, toy
 
 from lib import measure
 from lib.blocks import Block, Decoder
-from lib.model import parameter_count
+from lib.export import export
+from lib.model import parameter_count, skeleton
 from lib.orders import save_order
 from scripts import bench_model, bench_search
 
@@ -343,6 +344,15 @@ def test_orders_that_do_not_fit_are_refused(refused, toy_folder, order, tmp_path
     refused("no such order file", ppl_search_file=tmp_path / "nowhere.json", del_block_num=[1])
     other = toy_folder(num_hidden_layers=2)
     refused("3 layers; this one has 2", models=[other], ppl_search_file=order, del_block_num=[1])
+
+
+def test_an_order_of_the_base_is_no_order_of_its_pruned_export(refused, toy_folder, order, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    pruned, again = tmp_path / "pruned", dict(ppl_search_file=order, del_block_num=1, trust_remote_code=True)
+    export(toy_folder(), [Block("mlp", 1)], pruned, "hf")  # has as many layers as the base
+    skeleton(pruned, True)
+    refused("MODEL", "pruned export (blockpruned_llama)", "base model", models=[pruned], **again)
 
 
 def test_models_that_do_not_fit_the_memory_are_refused(refused, toy_folder, monkeypatch):
