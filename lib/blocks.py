@@ -125,6 +125,11 @@ class Decoder:
     def n_layers(self):
         return len(self.layers)
 
+    @property
+    def offloaded(self):
+        """Whether weights of layers are elsewhere and visit the device for each forward."""
+        return any(p.is_meta for p in self.layers.parameters())
+
     def blocks(self, block_type="mix"):
         """Return the blocks still there, in the paper's order: mha 0..L-1, then mlp 0..L-1.
 

@@ -67,9 +67,8 @@ def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, progress=None
         scores = {}
         for block in _left(blocks, removed):
             masked = {*removed, block}
-            scores[block] = goal.score(
-                [goal.losses(k, last_states(decoder, stream, masked)) for k, stream in enumerate(streams)]
-            )
+            losses = [goal.losses(k, *last_states(decoder, [stream], masked)) for k, stream in enumerate(streams)]
+            scores[block] = goal.score(losses)
             if progress:
                 progress(block, len(windows), scores[block])
         step = _decide(scores, scores, None, clock)
