@@ -8,9 +8,9 @@ from families import TOYS, V, toy
 from memory import in_fresh_process, linux_only
 
 from lib.blocks import Block, Decoder
-from lib.evaluate import perplexity, window_losses
+from lib.evaluate import Objective, last_states, next_token, perplexity, window_losses
 from lib.search import NoFiniteCandidate, cached, exhaustive, race
-from lib.trajectories import Plan, Store, Trajectories
+from lib.trajectories import HOST, Plan, Store, Trajectories
 
 EVERY = [*TOYS, "baichuan"]
 WINDOWS = torch.randint(V, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -85,7 +85,7 @@ def test_window_losses_stay_identical_through_random_removals(name):
         rng = random.Random(seed)
         blocks, removed = decoder.blocks(), []
         plan = Plan(blocks, decoder.n_layers, STATE, budget=rng.choice([0, 5, 12, 20, 1000]) * STATE)
-        batches = [Trajectories(decoder, ids, plan, Store(0)) for ids in WINDOWS.split(2)]
+        batches = [Trajectories(decoder, ids, plan, Store({HOST: plan.bytes})) for ids in WINDOWS.split(2)]
         for _ in range(rng.randint(2, len(blocks) - 1)):
             left = [b for b in blocks if b not in removed]
             alive = rng.sample(left, rng.randint(1, len(left)))  # the race drops candidates
@@ -106,7 +106,7 @@ def test_kept_states_stay_within_the_budget():
     decoder = Decoder(toy("llama", num_hidden_layers=6))
     for budget in (0, 7 * STATE, 20 * STATE, 31 * STATE, 10**9):
         plan = Plan(decoder.blocks(), 6, STATE, budget)
-        batches = [Trajectories(decoder, ids, plan, Store(0)) for ids in WINDOWS.split(2)]
+        batches = [Trajectories(decoder, ids, plan, Store({HOST: plan.bytes})) for ids in WINDOWS.split(2)]
         removed = []
         for block in (Block("mlp", 4), Block("mha", 1), Block("mha", 5)):
             for batch in batches:
@@ -126,7 +126,7 @@ def test_an_iteration_costs_what_the_formula_says():
     decoder = Decoder(toy("llama", num_hidden_layers=24))
     plan = Plan(decoder.blocks(), 24, STATE, 10**9)
     for q in (2, 12, 20):
-        batch = Trajectories(decoder, WINDOWS, plan, Store(0))
+        batch = Trajectories(decoder, WINDOWS, plan, Store({HOST: plan.bytes}))
         list(batch.token_losses(decoder.blocks(), []))
         removed = [Block("mha", q)]
         batch.removal_at(q)
