@@ -15,6 +15,7 @@ objective of lib.evaluate: perplexity, or the divergence from the dense model (E
 import functools
 import math
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,8 @@ def race(
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
     the tokens both have seen, exceeds `confidence` standard errors of that mean. The rest see all
     windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
-    it saw. Small batches decide sooner. confidence = inf drops nobody: the numbers of `cached`.
+    it saw. Should none of the rest be finite in the end, the dropped ones see what they missed, and all
+    are decided among. Small batches decide sooner. confidence = inf drops nobody: the numbers of `cached`.
     """
     yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence)
 
@@ -172,17 +174,27 @@ def _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, 
     batches = [
         Trajectories(decoder, ids, plan, store, functools.partial(goal.losses, k)) for k, ids in enumerate(batches)
     ]
+
+    def see(batch, candidates, losses, sums):
+        for block, token_losses in batch.token_losses(candidates, removed):
+            losses[block].append(token_losses)
+            if progress:
+                sums[block] += token_losses.double().sum(0)
+                mean = sums[block] / sum(map(len, losses[block]))  # one window that stands for all seen
+                progress(block, len(batch.ids), goal.score([mean[None]]))
+
     while len(removed) < n:
         clock = _Clock(decoder)
         left = _left(blocks, removed)
-        alive, losses = list(left), {block: [] for block in left}  # token losses of each batch seen
+        alive, losses, sums = left, {block: [] for block in left}, Counter()  # token losses of each batch seen
         for batch in batches:
-            for block, token_losses in batch.token_losses(alive, removed):
-                losses[block].append(token_losses)
-                if progress:
-                    progress(block, len(batch.ids), goal.score(losses[block]))
+            see(batch, alive, losses, sums)
             if confidence < math.inf and batch is not batches[-1]:
                 alive = _survivors(alive, losses, confidence)
+        if not any(math.isfinite(goal.score(losses[block])) for block in alive):
+            for k, batch in enumerate(batches):
+                see(batch, [block for block in left if len(losses[block]) == k], losses, sums)
+            alive = left
         scores = {block: goal.score(losses[block]) for block in left}
         seen = {block: sum(map(len, losses[block])) for block in left}
         if progress:
@@ -200,14 +212,14 @@ def _survivors(alive, losses, confidence):
     """Return the candidates not clearly behind the leader; losses: block -> list of (B, n) token losses."""
     tokens = {block: torch.cat([t.flatten() for t in losses[block]]).double() for block in alive}
     finite = [block for block in alive if tokens[block].isfinite().all()]
-    if not finite:
+    if not finite or len(tokens[finite[0]]) < 2:  # a single difference has no standard error
         return alive
     leader = min(finite, key=lambda block: tokens[block].mean().item())
     survivors = []
     for block in finite:
         behind = tokens[block] - tokens[leader]
         error = behind.std().item() / math.sqrt(len(behind))
-        if behind.mean().item() <= confidence * error:
+        if block == leader or behind.mean().item() <= confidence * error:
             survivors.append(block)
     return survivors
 

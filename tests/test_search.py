@@ -166,6 +166,54 @@ def test_race_skips_what_it_drops():
         assert raced[0].scores[block] == everything[0].scores[block]
 
 
+def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
+    """The leader, alone by then, overflows in the last window."""
+    decoder = Decoder(toy("llama"))
+    blocks = decoder.blocks()
+    leader = next(race(decoder, blocks, WINDOWS[:1], 1, batch_size=1)).block
+    fatal = last_states(decoder, [decoder.embed(WINDOWS[4:])], {leader})[0]
+
+    def objective(decoder, batches):
+        plain = next_token(decoder, batches)
+
+        def losses(k, h):
+            return plain.losses(k, h) * (math.inf if k == 4 and torch.equal(h, fatal) else 1)
+
+        return Objective(losses, plain.score)
+
+    seen = []
+    step = next(race(decoder, blocks, WINDOWS, 1, (), 1, lambda *done: seen.append(done), objective, confidence=0.0))
+    expected = next(exhaustive(decoder, blocks, WINDOWS, 1, (), 1, None, objective))
+    assert expected.scores[leader] == math.inf and step.block != leader
+    assert (step.block, step.scores) == (expected.block, expected.scores)
+    assert set(step.windows.values()) == {5} and step.head_forwards == 30, "no window is scored twice"
+    assert sum(windows for _, windows, _ in seen) == 30
+
+
+def test_race_decides_nothing_on_a_single_token():
+    decoder = Decoder(toy("llama"))
+    windows = WINDOWS[:, :2]
+    expected = next(exhaustive(decoder, decoder.blocks(), windows, 1, batch_size=1))
+    step = next(race(decoder, decoder.blocks(), windows, 1, batch_size=1, confidence=100))
+    assert (step.block, step.scores) == (expected.block, expected.scores)
+    step = next(race(decoder, decoder.blocks(), windows, 1, batch_size=1, confidence=0.0))
+    assert min(step.windows.values()) == 2, "from two tokens on"
+    assert step.windows[step.block] == 5
+
+
+@pytest.mark.parametrize("engine", [cached, race])
+def test_progress_tells_the_score_of_the_windows_seen(engine):
+    decoder, told = Decoder(toy("llama")), {}
+    step = next(engine(decoder, decoder.blocks(), WINDOWS, 1, (), 2, lambda b, n, score: told.setdefault(b, []).append(
+        (n, score))))  # fmt: skip
+    for block, calls in told.items():
+        assert sum(n for n, _ in calls) == 5
+        for k, seen in enumerate((2, 4, 5)[: len(calls) - 1]):
+            losses = window_losses(decoder, WINDOWS[:seen], 2, {block})
+            assert calls[k] == (2 if seen < 5 else 1, pytest.approx(perplexity(losses, 24), rel=1e-9))
+        assert calls[-1][1] == step.scores[block]
+
+
 @pytest.mark.parametrize("engine", [exhaustive, cached])
 def test_resuming_is_passing_what_is_done(engine):
     decoder = Decoder(toy("llama"))
