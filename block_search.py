@@ -233,7 +233,7 @@ def removals(args, plan, decoder, windows, order, meta, bar):
     B, start = args.ppl_eval_batch_size, time.perf_counter()
     if args.metric in GREEDY:
         options = {"objective": OBJECTIVES[args.metric]}
-        if args.search in ("cached", "race") and args.cache_gb is not None:
+        if args.search != "exhaustive" and args.cache_gb is not None:
             options["cache_bytes"] = int(args.cache_gb * 2**30)
         if args.search == "race":
             options["confidence"] = args.race_confidence

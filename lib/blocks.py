@@ -25,7 +25,8 @@ from torch import nn
 from lib.orders import KINDS, Block
 
 UNITS = (*KINDS, "layer")  # what can be masked and removed as one
-HEAD_TOKENS = 512  # tokens per head call: full logits of a batch never exist at once
+HEAD_TOKENS = 512  # tokens per head call on a CPU: full logits of a batch never exist at once
+HEAD_LOGITS = 2**26  # logits per head call on a GPU, where short calls wait for Python more than they compute
 CACHED_LOGITS = 2**18  # logits that the losses are taken from at once on a CPU: 1 MiB, half of a core's cache
 
 
@@ -125,6 +126,11 @@ class Decoder:
     def n_layers(self):
         return len(self.layers)
 
+    @property
+    def offloaded(self):
+        """Whether weights of layers are elsewhere and visit the device for each forward."""
+        return any(p.is_meta for p in self.layers.parameters())
+
     def blocks(self, block_type="mix"):
         """Return the blocks still there, in the paper's order: mha 0..L-1, then mlp 0..L-1.
 
@@ -190,23 +196,22 @@ class Decoder:
     @torch.inference_mode()
     def head(self, x):
         """Return the logits (n, V) of last-layer states x (n, H): the model's own norm, lm_head and scaling."""
-        ids = torch.zeros(1, len(x), dtype=torch.long, device=self.input_device)
-        x = x.unsqueeze(0)
-        with self._layers_replaced(lambda i: lambda *args, **kwargs: self._as_output(x)):
-            return self.model(input_ids=ids, use_cache=False).logits[0]
+        with self._only_head() as head:
+            return head(x.unsqueeze(0))
 
     @torch.inference_mode()
     def token_losses(self, h, ids):
         """Return the next-token losses (B, T-1) on the CPU, float32 (float64 where the model is).
 
-        h: (B, T, H) after the last layer; ids: (B, T). Computed from the model's own logits, on
-        slices of at most HEAD_TOKENS tokens so that full logits never exist at once.
+        h: (B, T, H) after the last layer; ids: (B, T). Computed from the model's own logits, slice
+        by slice: full logits never exist at once.
         """
-        B, T, H = h.shape
+        B, T, _ = h.shape
         self.counts["head"] += B
-        x, targets = h[:, :-1].reshape(-1, H), ids[:, 1:].reshape(-1)
-        step = min(HEAD_TOKENS, T)  # learned positions may end at T
-        losses = [_cross_entropy(self.head(x[a : a + step]), targets[a : a + step]) for a in range(0, len(x), step)]
+        slices = self._head_slices(h[:, :-1], T)
+        targets = ids[:, 1:].flatten().split([x.shape[:2].numel() for x in slices])
+        with self._only_head() as head:
+            losses = [_cross_entropy(head(x), some) for x, some in zip(slices, targets, strict=True)]
         return torch.cat(losses).view(B, T - 1).cpu()
 
     @torch.inference_mode()
@@ -215,10 +220,11 @@ class Decoder:
 
         h, dense: (B, T, H) after the last layer. Both heads run slice by slice: neither's logits are kept.
         """
-        B, T, H = h.shape
+        B, T, _ = h.shape
         self.counts["head"] += 2 * B
-        x, y, step = h.reshape(-1, H), dense.reshape(-1, H), min(HEAD_TOKENS, T)
-        losses = [_divergence(self.head(y[a : a + step]), self.head(x[a : a + step])) for a in range(0, len(x), step)]
+        pairs = zip(self._head_slices(h, T), self._head_slices(dense, T), strict=True)
+        with self._only_head() as head:
+            losses = [_divergence(head(y), head(x)) for x, y in pairs]
         return torch.cat(losses).view(B, T).cpu()
 
     @property
@@ -289,6 +295,27 @@ class Decoder:
                     del layer.forward
                 else:
                     layer.forward = forward
+
+    @contextlib.contextmanager
+    def _only_head(self):
+        """Within this context: the function of last-layer states x (b, n, H) to their logits (b * n, V)."""
+        x = None
+
+        def head(states):
+            nonlocal x
+            x = states
+            ids = torch.zeros(x.shape[:2], dtype=torch.long, device=self.input_device)
+            return self.model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+
+        with self._layers_replaced(lambda i: lambda *args, **kwargs: self._as_output(x)):
+            yield head
+
+    def _head_slices(self, x, T):
+        """Return states x (B, n, H) in pieces (b, m, H) for the head, m at most T: learned positions may end there."""
+        tokens = max(1, HEAD_LOGITS // self.model.config.vocab_size) if x.is_cuda else HEAD_TOKENS
+        if x.is_cuda and tokens >= x.shape[1]:
+            return x.split(tokens // x.shape[1])
+        return x.reshape(1, -1, x.shape[2]).split(min(tokens, T), dim=1)
 
     def _as_output(self, h):
         return h if self._output_len is None else (h,) + (None,) * (self._output_len - 1)
@@ -437,6 +464,7 @@ def _tensor(output):
 
 def _same(a, b):
     """Whether two tensors are equal, NaN to NaN: a broken model is the search's to report, not the proof's."""
+    b = b.to(a.device)  # a layer's output may be on another GPU than its input
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 

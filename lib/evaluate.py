@@ -9,27 +9,38 @@ from typing import NamedTuple
 
 import torch
 
+from lib.trajectories import DEVICE_SHARE, free_bytes
 
-def window_losses(decoder, windows, batch_size, masked=(), streams=None):
+
+def window_losses(decoder, windows, batch_size, masked=()):
     """Return each window's sum of next-token losses, (N,) float64, with `masked` blocks off as well.
 
-    windows: token ids (N, T); streams: decoder.embed of each batch of them, where the caller keeps
-    those. Sums are float64 of float32 token losses, in window order; every target token counts,
-    also one that equals the padding token (windows are cut from unpadded text, so it is real text).
+    windows: token ids (N, T). Sums are float64 of float32 token losses, in window order; every target
+    token counts, also one that equals the padding token (windows are cut from unpadded text, so it is
+    real text).
     """
-    sums = []
-    for index, ids in enumerate(windows.split(batch_size)):
-        h = last_states(decoder, streams[index] if streams else decoder.embed(ids), masked)
-        sums.append(decoder.token_losses(h, ids).double().sum(1))
+    batches, sums, together = windows.split(batch_size), [], 1
+    if decoder.offloaded:  # its weights move once for all batches that pass a layer together
+        free, _ = free_bytes(decoder.input_device)
+        together = max(1, int(DEVICE_SHARE * free / (2 * decoder.embed(batches[0]).h.nbytes)))  # before a layer, after
+    for k in range(0, len(batches), together):
+        some = batches[k : k + together]
+        states = last_states(decoder, [decoder.embed(ids) for ids in some], masked)
+        sums += [decoder.token_losses(h, ids).double().sum(1) for h, ids in zip(states, some, strict=True)]
     return torch.cat(sums)
 
 
-def last_states(decoder, stream, masked=()):
-    """Return the states (B, T, H) after the last layer, before the final norm, with `masked` blocks off as well."""
-    h = stream.h
+def last_states(decoder, streams, masked=()):
+    """Return the states (B, T, H) of each stream after the last layer, before the final norm, `masked` blocks off.
+
+    All streams pass a layer before the next layer, so that an offloaded one is moved once.
+    """
+    states = [stream.h for stream in streams]
     for i in range(decoder.n_layers):
-        h = decoder.run(i, decoder.kinds(i, masked), h, stream)
-    return h
+        kinds = decoder.kinds(i, masked)
+        with decoder.resident(i):
+            states = [decoder.run(i, kinds, h, stream) for h, stream in zip(states, streams, strict=True)]
+    return states
 
 
 def perplexity(losses, seqlen):
@@ -71,7 +82,7 @@ def dense_logits(decoder, batches):
     Of the model as it is the last states are kept, one (B, T, H) a batch, and its head is run again
     on each slice: its log-probabilities would not fit.
     """
-    dense = [last_states(decoder, decoder.embed(ids)) for ids in batches]
+    dense = last_states(decoder, [decoder.embed(ids) for ids in batches])
 
     def score(losses):
         sums = torch.cat([token_losses.double().sum(1) for token_losses in losses])

@@ -15,13 +15,14 @@ objective of lib.evaluate: perplexity, or the divergence from the dense model (E
 import functools
 import math
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 
 from lib.blocks import Block
 from lib.evaluate import last_states, next_token
-from lib.trajectories import DEVICE_SHARE, HOST_SHARE, Plan, Store, Trajectories, free_bytes
+from lib.trajectories import Plan, Store, Trajectories, rooms
 
 RACE_CONFIDENCE = 3.0  # README, "Search engines": how it was chosen
 
@@ -67,9 +68,8 @@ def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, progress=None
         scores = {}
         for block in _left(blocks, removed):
             masked = {*removed, block}
-            scores[block] = goal.score(
-                [goal.losses(k, last_states(decoder, stream, masked)) for k, stream in enumerate(streams)]
-            )
+            losses = [goal.losses(k, *last_states(decoder, [stream], masked)) for k, stream in enumerate(streams)]
+            scores[block] = goal.score(losses)
             if progress:
                 progress(block, len(windows), scores[block])
         step = _decide(scores, scores, None, clock)
@@ -82,9 +82,8 @@ def cached(
 ):
     """Yield the same Steps as `exhaustive`, from the same losses bit for bit, in a fraction of the forwards.
 
-    cache_bytes: memory for states kept between iterations (lib.trajectories); None takes DEVICE_SHARE
-    of what is free there, and HOST_SHARE of the host's for what spills from a GPU. Less memory means
-    more forwards, never other numbers.
+    cache_bytes: memory for states kept between iterations; None takes the shares of what is free that
+    lib.trajectories names. Less memory means more forwards, never other numbers.
     """
     yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, math.inf)
 
@@ -98,53 +97,66 @@ def race(
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
     the tokens both have seen, exceeds `confidence` standard errors of that mean. The rest see all
     windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
-    it saw. Small batches decide sooner. confidence = inf drops nobody: the numbers of `cached`.
+    it saw. Should none of the rest be finite in the end, the dropped ones see what they missed, and all
+    are decided among. Small batches decide sooner. confidence = inf drops nobody: the numbers of `cached`.
     """
     yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence)
 
 
-def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token):
-    """Yield the same Steps as `exhaustive`, bit for bit, with all candidates passing a layer before the next layer.
+def streamed(
+    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None
+):
+    """Yield the same Steps as `exhaustive`, bit for bit, with many candidates passing a layer before the next layer.
 
-    For a model that does not fit the device: an offloaded layer's weights are moved there once in an
-    iteration. Each candidate's states of all windows are held instead, on the device as far as
-    DEVICE_SHARE of its free memory goes, beyond that in host memory.
+    For a model that does not fit the device: an offloaded layer's weights are moved there once for all
+    candidates whose states of all windows fit in cache_bytes (as in `cached`) beside the base model's,
+    one at least. Such groups follow each other by depth, each from its first candidate's layer on: less
+    memory means more moves, never more forwards nor other numbers.
     """
     removed, batches = list(done), windows.split(batch_size)
     streams, goal = [decoder.embed(ids) for ids in batches], objective(decoder, batches)
-    store = Store(int(DEVICE_SHARE * free_bytes(decoder.input_device)[0]))
+    store = _store(decoder, cache_bytes)
+    size = max(1, store.fits([stream.h for stream in streams]) - 1)
 
-    def step_all(i, kinds, states):
-        moved = []
-        for h, stream in zip(states, streams, strict=True):
-            moved.append(store.put(decoder.run(i, kinds, store.get(h, stream.h), stream)))
-            store.drop(h)
-        return moved
+    def advance(states, i, kinds):
+        for k, stream in enumerate(streams):
+            h = decoder.run(i, kinds, store.get(states[k], stream.h), stream)
+            store.drop(states[k])
+            states[k] = store.put(h, must=True)
 
     while len(removed) < n:
         clock = _Clock(decoder)
         left = _left(blocks, removed)
-        base, states = [stream.h for stream in streams], {}
-        for i in range(decoder.n_layers):
-            kinds = decoder.kinds(i, removed)
-            with decoder.resident(i):
-                for block in states:
-                    states[block] = step_all(i, kinds, states[block])
-                for block in [block for block in left if block.layer == i]:
-                    rest = decoder.kinds(i, {*removed, block})
-                    states[block] = [
-                        store.put(decoder.run(i, rest, h, stream)) for h, stream in zip(base, streams, strict=True)
-                    ]
-                base = [decoder.run(i, kinds, h, stream) for h, stream in zip(base, streams, strict=True)]
-        scores = {}
-        for block in left:
-            losses = []
-            for k, h in enumerate(states.pop(block)):
-                losses.append(goal.losses(k, store.get(h, streams[k].h)))
-                store.drop(h)
-            scores[block] = goal.score(losses)
-            if progress:
-                progress(block, len(windows), scores[block])
+        deep = sorted(left, key=lambda block: block.layer)
+        groups = [deep[k : k + size] for k in range(0, len(deep), size)]
+        base, start = [store.put(stream.h, must=True) for stream in streams], 0  # the states entering layer `start`
+        scores = dict.fromkeys(left)  # ties: order of candidates
+        for group, after in zip(groups, [*groups[1:], deep[-1:]], strict=False):
+            states, last = {}, after[0].layer
+            for i in range(start, decoder.n_layers):
+                kinds = decoder.kinds(i, removed)
+                with decoder.resident(i):
+                    for block in states:
+                        advance(states[block], i, kinds)
+                    for block in [block for block in group if block.layer == i]:
+                        rest = decoder.kinds(i, {*removed, block})
+                        states[block] = [
+                            store.put(decoder.run(i, rest, store.get(h, stream.h), stream), must=True)
+                            for h, stream in zip(base, streams, strict=True)
+                        ]
+                    if i < last:
+                        advance(base, i, kinds)
+            start = last
+            for block in group:
+                losses = []
+                for k, h in enumerate(states.pop(block)):
+                    losses.append(goal.losses(k, store.get(h, streams[k].h)))
+                    store.drop(h)
+                scores[block] = goal.score(losses)
+                if progress:
+                    progress(block, len(windows), scores[block])
+        for h in base:
+            store.drop(h)
         step = _decide(scores, scores, None, clock)
         removed.append(step.block)
         yield step
@@ -156,21 +168,33 @@ ENGINES = {"cached": cached, "race": race, "exhaustive": exhaustive, "streamed":
 def _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence):
     removed, batches = list(done), windows.split(batch_size)
     goal = objective(decoder, batches)
-    plan, store = _plan(decoder, _left(blocks, removed), windows, cache_bytes)
+    store = _store(decoder, cache_bytes)
+    state_bytes = len(windows) * decoder.embed(windows[:1]).h.nbytes
+    plan = Plan(_left(blocks, removed), decoder.n_layers, state_bytes, sum(store.rooms.values()))
     batches = [
         Trajectories(decoder, ids, plan, store, functools.partial(goal.losses, k)) for k, ids in enumerate(batches)
     ]
+
+    def see(batch, candidates, losses, sums):
+        for block, token_losses in batch.token_losses(candidates, removed):
+            losses[block].append(token_losses)
+            if progress:
+                sums[block] += token_losses.double().sum(0)
+                mean = sums[block] / sum(map(len, losses[block]))  # one window that stands for all seen
+                progress(block, len(batch.ids), goal.score([mean[None]]))
+
     while len(removed) < n:
         clock = _Clock(decoder)
         left = _left(blocks, removed)
-        alive, losses = list(left), {block: [] for block in left}  # token losses of each batch seen
+        alive, losses, sums = left, {block: [] for block in left}, Counter()  # token losses of each batch seen
         for batch in batches:
-            for block, token_losses in batch.token_losses(alive, removed):
-                losses[block].append(token_losses)
-                if progress:
-                    progress(block, len(batch.ids), goal.score(losses[block]))
+            see(batch, alive, losses, sums)
             if confidence < math.inf and batch is not batches[-1]:
                 alive = _survivors(alive, losses, confidence)
+        if not any(math.isfinite(goal.score(losses[block])) for block in alive):
+            for k, batch in enumerate(batches):
+                see(batch, [block for block in left if len(losses[block]) == k], losses, sums)
+            alive = left
         scores = {block: goal.score(losses[block]) for block in left}
         seen = {block: sum(map(len, losses[block])) for block in left}
         if progress:
@@ -188,14 +212,14 @@ def _survivors(alive, losses, confidence):
     """Return the candidates not clearly behind the leader; losses: block -> list of (B, n) token losses."""
     tokens = {block: torch.cat([t.flatten() for t in losses[block]]).double() for block in alive}
     finite = [block for block in alive if tokens[block].isfinite().all()]
-    if not finite:
+    if not finite or len(tokens[finite[0]]) < 2:  # a single difference has no standard error
         return alive
     leader = min(finite, key=lambda block: tokens[block].mean().item())
     survivors = []
     for block in finite:
         behind = tokens[block] - tokens[leader]
         error = behind.std().item() / math.sqrt(len(behind))
-        if behind.mean().item() <= confidence * error:
+        if block == leader or behind.mean().item() <= confidence * error:
             survivors.append(block)
     return survivors
 
@@ -213,14 +237,9 @@ def _left(blocks, removed):
     return [block for block in blocks if block not in removed]
 
 
-def _plan(decoder, blocks, windows, cache_bytes):
-    """Return (Plan, Store) for states of these windows within cache_bytes."""
-    device, host = free_bytes(decoder.input_device)
-    device_bytes = int(DEVICE_SHARE * device)
-    budget = device_bytes + int(HOST_SHARE * host) if cache_bytes is None else cache_bytes
-    probe = decoder.embed(windows[:1]).h
-    plan = Plan(blocks, decoder.n_layers, len(windows) * probe.nbytes, budget)
-    return plan, Store(min(device_bytes, budget))
+def _store(decoder, cache_bytes):
+    devices = {p.device for p in decoder.layers.parameters() if not p.is_meta} | {decoder.input_device}
+    return Store(rooms(devices, cache_bytes))
 
 
 class _Clock:

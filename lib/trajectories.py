@@ -7,14 +7,16 @@ With n blocks left and the last removal at x = p/n of the depth an iteration cos
 exhaustive one. What is computed is exactly what a run from the first layer computes, so per-window
 losses are bit-identical to it.
 """
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from lib.blocks import UNITS, Block
 
-DEVICE_SHARE = 0.6  # of the memory free on the model's device
+DEVICE_SHARE = 0.6  # of the memory free on each of the model's devices
 HOST_SHARE = 0.25  # of the host memory available, for what spills from a GPU
+HOST = torch.device("cpu")
 
 
 class Trajectories:
@@ -92,8 +94,8 @@ class Trajectories:
 
     def _keep(self, block, layer, h):
         states = self.kept.setdefault(block, {})
-        if layer not in states:
-            states[layer] = self.store.put(h)
+        if layer not in states and (held := self.store.put(h)) is not None:
+            states[layer] = held
 
 
 class Plan:
@@ -131,44 +133,93 @@ def _recomputed(boundaries, n_layers):
 
 
 class Store:
-    """Where kept states live: on their own device up to `device_bytes`, beyond that in pinned host memory."""
+    """Where states are held: on the device that made them while it has room, else in pinned host memory.
 
-    def __init__(self, device_bytes):
-        self.room = device_bytes
+    rooms: {device: bytes} left, as rooms() gives them. A device that has none spills all of its states.
+    """
 
-    def put(self, h):
-        if not h.is_cuda:
-            return h
-        if h.nbytes <= self.room:
-            self.room -= h.nbytes
-            return h
-        return torch.empty(h.shape, dtype=h.dtype, pin_memory=True).copy_(h)
+    def __init__(self, rooms):
+        self.rooms = Counter(rooms)
 
-    def get(self, kept, like):
-        return kept.to(like.device, non_blocking=True)
+    def put(self, h, must=False):
+        """Return h as it is held from now on; None where there is no room, unless it `must` be held."""
+        if h.nbytes > self.rooms[h.device] and h.is_cuda and _bytes_on_host(h) <= self.rooms[HOST]:
+            try:
+                pinned = torch.empty_like(h, device=HOST, pin_memory=True)  # h's strides, too: other ones, other bits
+            except RuntimeError:  # the system pins no more
+                pass
+            else:
+                self.rooms[HOST] -= _bytes_on_host(h)
+                return pinned.copy_(h)
+        if h.nbytes > self.rooms[h.device] and not must:
+            return None
+        self.rooms[h.device] -= h.nbytes
+        return h
 
-    def drop(self, kept):
-        if kept.is_cuda:
-            self.room += kept.nbytes
+    def get(self, held, like):
+        return held if held.is_cuda else held.to(like.device, non_blocking=True)
+
+    def drop(self, held):
+        self.rooms[held.device] += _bytes_on_host(held) if held.device == HOST else held.nbytes
+
+    def fits(self, states):
+        """Return how many lists of states like these there is room for, whichever device makes them."""
+        device = min((room for device, room in self.rooms.items() if device != HOST), default=0)
+        return device // sum(h.nbytes for h in states) + self.rooms[HOST] // sum(map(_bytes_on_host, states))
+
+
+def _bytes_on_host(h):
+    """Return what a state takes in host memory: torch rounds pinned memory up to a power of two."""
+    return 1 << (h.nbytes - 1).bit_length() if h.is_cuda or h.is_pinned() else h.nbytes
+
+
+def rooms(devices, cache_bytes=None):
+    """Return {device: bytes} for the states of a model on `devices`, the host among them.
+
+    DEVICE_SHARE of what is free on each, and HOST_SHARE of the host's for what spills from a GPU. cache_bytes bounds
+    their sum instead: spread evenly over the devices up to their shares, and what is left on the host.
+    """
+    free = {device: free_bytes(device) for device in devices}
+    shares = {device: int(DEVICE_SHARE * own) for device, (own, _) in free.items()}
+    spill = int(HOST_SHARE * min(host for _, host in free.values()))
+    if cache_bytes is not None:
+        shares = {device: min(share, cache_bytes // len(shares)) for device, share in shares.items()}
+        spill = cache_bytes - sum(shares.values())
+    return shares | {HOST: shares.get(HOST, 0) + spill}
 
 
 def free_bytes(device):
     """Return (bytes free on the device, host bytes available for spilling, 0 where the device is the host)."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], _host_bytes()
-    return _host_bytes(), 0
+        return torch.cuda.mem_get_info(device)[0], _free_on_host()
+    return _free_on_host(), 0
 
 
-def _host_bytes():
-    """Return available host memory: the kernel's estimate, or what the control group leaves (containers, Slurm)."""
-    available = [
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable")
-    ] if Path("/proc/meminfo").exists() else [4 * 2**30]  # fmt: skip
-    group = Path("/sys/fs/cgroup")
-    try:
-        available.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such file, or "max"
-        pass
+def _free_on_host(proc=Path("/proc"), groups=Path("/sys/fs/cgroup")):
+    """Return available host memory: the kernel's estimate, or what the tightest of the process's control groups leaves.
+
+    Containers, Slurm and systemd set limits at any depth, in version 1 or 2. What files left in the cache and nobody
+    uses counts as free.
+    """
+    known = [line.split() for line in _lines(proc / "meminfo")]
+    available = [int(words[1]) * 1024 for words in known if words[0] == "MemAvailable:"] or [4 * 2**30]
+    for line in _lines(proc / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        version1 = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        version2 = groups, "memory.max", "memory.current", "inactive_file"
+        folder, limit, usage, cache = version1 if controllers else version2
+        for part in ("", *path.strip("/").split("/")):
+            folder = folder / part
+            try:
+                used = int((folder / usage).read_text())
+                inactive = dict(entry.split() for entry in _lines(folder / "memory.stat")).get(cache, 0)
+                available.append(int((folder / limit).read_text()) - used + int(inactive))
+            except (OSError, ValueError):  # no such file, or "max"
+                pass
     return max(0, min(available))
+
+
+def _lines(path):
+    return path.read_text().splitlines() if path.exists() else []

@@ -7,6 +7,7 @@ from families import V, toy
 from memory import in_fresh_process, linux_only
 
 from lib.blocks import Decoder
+from lib.evaluate import OBJECTIVES, window_losses
 from lib.model import load_model
 from lib.search import exhaustive, streamed
 
@@ -20,22 +21,6 @@ def test_streamed_is_exhaustive_bit_for_bit(name):
         expected = list(exhaustive(decoder, decoder.blocks(block_type), WINDOWS, 3, batch_size=2))
         steps = list(streamed(decoder, decoder.blocks(block_type), WINDOWS, 3, batch_size=2))
         assert [(s.block, s.scores) for s in steps] == [(s.block, s.scores) for s in expected]
-
-
-def test_every_state_put_away_is_dropped_once(monkeypatch):
-    """The device's budget holds only while puts and drops pair up; on a CPU nothing else would show it."""
-    held = {}
-
-    def put(store, h):
-        kept = h.clone()
-        held[id(kept)] = kept
-        return kept
-
-    monkeypatch.setattr("lib.search.Store.put", put)
-    monkeypatch.setattr("lib.search.Store.drop", lambda store, kept: held.pop(id(kept)))
-    decoder = Decoder(toy("llama"))
-    for _ in streamed(decoder, decoder.blocks(), WINDOWS, 2, batch_size=2):
-        assert held == {}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "bloom", "mixtral"])
@@ -53,21 +38,58 @@ def test_an_offloaded_model_gives_the_same_numbers(toy_folder, name, dtype):
     assert all(p.is_meta for p in spread.layers.parameters()), "each layer went back"
 
 
-def test_each_layer_is_moved_once_in_an_iteration(toy_folder, monkeypatch):
+@pytest.fixture
+def offloaded(toy_folder, monkeypatch):
+    """A decoder of 3 offloaded layers, and a function that returns how often each was moved since it was last asked."""
     from accelerate.hooks import AlignDevicesHook
 
-    model = load_model(toy_folder("llama"), "fp32", offload=True)
-    decoder = Decoder(model)
-    moves, plain = [], AlignDevicesHook.pre_forward
+    decoder = Decoder(load_model(toy_folder("llama"), "fp32", offload=True))
+    moved, plain = [], AlignDevicesHook.pre_forward
 
     def counted(hook, module, *args, **kwargs):
-        moves.append(hook.offload)
+        moved.extend([module] if hook.offload else [])
         return plain(hook, module, *args, **kwargs)
 
+    def moves():
+        parts = [[m for m in layer.modules() if list(m.parameters(recurse=False))] for layer in decoder.layers]
+        counts = [{moved.count(module) for module in modules} for modules in parts]
+        moved.clear()
+        assert all(len(count) == 1 for count in counts), "a layer moves as a whole"
+        return [count.pop() for count in counts]
+
     monkeypatch.setattr(AlignDevicesHook, "pre_forward", counted)
-    next(streamed(decoder, decoder.blocks(), WINDOWS, 1, batch_size=1))
-    modules = [m for m in decoder.layers.modules() if list(m.parameters(recurse=False))]
-    assert sum(moves) == len(modules)
+    return decoder, moves
+
+
+def test_each_layer_is_moved_once_for_a_group_of_candidates(offloaded):
+    """6 candidates, two a layer: a group starts at its first one's layer, and one candidate is the least it has."""
+    decoder, moves = offloaded
+    state = WINDOWS.numel() * 32 * 4
+    expected = list(exhaustive(decoder, decoder.blocks(), WINDOWS, 2, batch_size=2))
+    moves()
+    budgets = {None: [1, 1, 1], 7 * state: [1, 1, 1], 4 * state: [1, 2, 2], 3 * state: [1, 2, 3],
+               3 * state - 1: [2, 4, 6], 0: [2, 4, 6]}  # one state is the base model's  # fmt: skip
+    for budget, times in budgets.items():
+        steps = streamed(decoder, decoder.blocks(), WINDOWS, 2, batch_size=2, cache_bytes=budget)
+        first = next(steps)
+        assert moves() == times, budget
+        for step, other in zip([first, *steps], expected, strict=True):
+            assert (step.block, list(step.scores.items())) == (other.block, list(other.scores.items()))
+        moves()
+
+
+def test_each_layer_is_moved_once_for_all_batches(offloaded, monkeypatch):
+    decoder, moves = offloaded
+    inside = window_losses(decoder, WINDOWS, 3)
+    assert moves() == [1, 1, 1]
+    losses = window_losses(decoder, WINDOWS, 1)
+    assert moves() == [1, 1, 1]
+    torch.testing.assert_close(losses, inside, rtol=1e-5, atol=1e-5)
+    OBJECTIVES["kl"](decoder, WINDOWS.split(1))
+    assert moves() == [1, 1, 1]
+    monkeypatch.setattr("lib.evaluate.free_bytes", lambda device: (0, 0))
+    assert torch.equal(window_losses(decoder, WINDOWS, 1), losses)
+    assert moves() == [3, 3, 3], "a batch at a time where there is no memory for more"
 
 
 MEMORY = """
@@ -95,3 +117,30 @@ def test_weights_of_four_times_the_memory_are_searched(toy_folder, tmp_path):
     peaks = {how: in_fresh_process(MEMORY, folder, toy_folder("llama"), how)[0] for how in ("offload", "inside")}
     assert peaks["offload"] < weights / 4
     assert peaks["inside"] > weights, "the measure sees weights that are in memory"
+
+
+STATES = """
+from lib.blocks import Decoder
+from lib.model import load_model
+from lib.search import exhaustive, streamed
+windows = torch.arange(4096).view(32, 128) % 256
+def search(engine, **options):
+    decoder = Decoder(load_model(sys.argv[1], "fp32", offload=True))
+    next(engine(decoder, decoder.blocks(), windows, 1, batch_size=16, **options))
+search(exhaustive)  # whatever torch sets up once
+print(peak(lambda: search(exhaustive)))
+for budget in sys.argv[2:]:
+    print(peak(lambda: search(streamed, cache_bytes=int(budget))))
+"""
+
+
+@linux_only
+def test_states_of_all_candidates_take_no_more_than_the_budget(toy_folder):
+    """16 candidates and the base model have a state of 1 MiB each."""
+    state, slack = 2**20, 4 * 2**20  # slack: small tensors and the allocator's own
+    budgets = [0, 4 * state, 10**9]
+    folder = toy_folder("llama", hidden_size=64, num_hidden_layers=8)
+    plain, nothing, some, everything = in_fresh_process(STATES, folder, *budgets)
+    assert nothing <= plain + 2 * state + slack, "one candidate's and the base model's"
+    assert some <= plain + budgets[1] + slack
+    assert everything > plain + budgets[1] + slack, "the measure sees what is held"

@@ -8,9 +8,9 @@ from families import TOYS, V, toy
 from memory import in_fresh_process, linux_only
 
 from lib.blocks import Block, Decoder
-from lib.evaluate import perplexity, window_losses
+from lib.evaluate import Objective, last_states, next_token, perplexity, window_losses
 from lib.search import NoFiniteCandidate, cached, exhaustive, race
-from lib.trajectories import Plan, Store, Trajectories
+from lib.trajectories import HOST, Plan, Store, Trajectories
 
 EVERY = [*TOYS, "baichuan"]
 WINDOWS = torch.randint(V, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -85,7 +85,7 @@ def test_window_losses_stay_identical_through_random_removals(name):
         rng = random.Random(seed)
         blocks, removed = decoder.blocks(), []
         plan = Plan(blocks, decoder.n_layers, STATE, budget=rng.choice([0, 5, 12, 20, 1000]) * STATE)
-        batches = [Trajectories(decoder, ids, plan, Store(0)) for ids in WINDOWS.split(2)]
+        batches = [Trajectories(decoder, ids, plan, Store({HOST: plan.bytes})) for ids in WINDOWS.split(2)]
         for _ in range(rng.randint(2, len(blocks) - 1)):
             left = [b for b in blocks if b not in removed]
             alive = rng.sample(left, rng.randint(1, len(left)))  # the race drops candidates
@@ -106,7 +106,7 @@ def test_kept_states_stay_within_the_budget():
     decoder = Decoder(toy("llama", num_hidden_layers=6))
     for budget in (0, 7 * STATE, 20 * STATE, 31 * STATE, 10**9):
         plan = Plan(decoder.blocks(), 6, STATE, budget)
-        batches = [Trajectories(decoder, ids, plan, Store(0)) for ids in WINDOWS.split(2)]
+        batches = [Trajectories(decoder, ids, plan, Store({HOST: plan.bytes})) for ids in WINDOWS.split(2)]
         removed = []
         for block in (Block("mlp", 4), Block("mha", 1), Block("mha", 5)):
             for batch in batches:
@@ -126,7 +126,7 @@ def test_an_iteration_costs_what_the_formula_says():
     decoder = Decoder(toy("llama", num_hidden_layers=24))
     plan = Plan(decoder.blocks(), 24, STATE, 10**9)
     for q in (2, 12, 20):
-        batch = Trajectories(decoder, WINDOWS, plan, Store(0))
+        batch = Trajectories(decoder, WINDOWS, plan, Store({HOST: plan.bytes}))
         list(batch.token_losses(decoder.blocks(), []))
         removed = [Block("mha", q)]
         batch.removal_at(q)
@@ -164,6 +164,54 @@ def test_race_skips_what_it_drops():
     survivors = [b for b, seen in raced[0].windows.items() if seen == len(windows)]
     for block in survivors:
         assert raced[0].scores[block] == everything[0].scores[block]
+
+
+def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
+    """The leader, alone by then, overflows in the last window."""
+    decoder = Decoder(toy("llama"))
+    blocks = decoder.blocks()
+    leader = next(race(decoder, blocks, WINDOWS[:1], 1, batch_size=1)).block
+    fatal = last_states(decoder, [decoder.embed(WINDOWS[4:])], {leader})[0]
+
+    def objective(decoder, batches):
+        plain = next_token(decoder, batches)
+
+        def losses(k, h):
+            return plain.losses(k, h) * (math.inf if k == 4 and torch.equal(h, fatal) else 1)
+
+        return Objective(losses, plain.score)
+
+    seen = []
+    step = next(race(decoder, blocks, WINDOWS, 1, (), 1, lambda *done: seen.append(done), objective, confidence=0.0))
+    expected = next(exhaustive(decoder, blocks, WINDOWS, 1, (), 1, None, objective))
+    assert expected.scores[leader] == math.inf and step.block != leader
+    assert (step.block, step.scores) == (expected.block, expected.scores)
+    assert set(step.windows.values()) == {5} and step.head_forwards == 30, "no window is scored twice"
+    assert sum(windows for _, windows, _ in seen) == 30
+
+
+def test_race_decides_nothing_on_a_single_token():
+    decoder = Decoder(toy("llama"))
+    windows = WINDOWS[:, :2]
+    expected = next(exhaustive(decoder, decoder.blocks(), windows, 1, batch_size=1))
+    step = next(race(decoder, decoder.blocks(), windows, 1, batch_size=1, confidence=100))
+    assert (step.block, step.scores) == (expected.block, expected.scores)
+    step = next(race(decoder, decoder.blocks(), windows, 1, batch_size=1, confidence=0.0))
+    assert min(step.windows.values()) == 2, "from two tokens on"
+    assert step.windows[step.block] == 5
+
+
+@pytest.mark.parametrize("engine", [cached, race])
+def test_progress_tells_the_score_of_the_windows_seen(engine):
+    decoder, told = Decoder(toy("llama")), {}
+    step = next(engine(decoder, decoder.blocks(), WINDOWS, 1, (), 2, lambda b, n, score: told.setdefault(b, []).append(
+        (n, score))))  # fmt: skip
+    for block, calls in told.items():
+        assert sum(n for n, _ in calls) == 5
+        for k, seen in enumerate((2, 4, 5)[: len(calls) - 1]):
+            losses = window_losses(decoder, WINDOWS[:seen], 2, {block})
+            assert calls[k] == (2 if seen < 5 else 1, pytest.approx(perplexity(losses, 24), rel=1e-9))
+        assert calls[-1][1] == step.scores[block]
 
 
 @pytest.mark.parametrize("engine", [exhaustive, cached])
