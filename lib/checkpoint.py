@@ -79,6 +79,8 @@ class Source:
             )
         check_whole(self.config, path)
         self.bare = skeleton(path, trust_remote_code)
+        if not self.config.architectures:  # a .gguf file tells none, and other programs choose by it
+            self.config.architectures = [type(self.bare).__name__]
         self.native = type(self.bare).__module__.startswith("transformers.")
         self.layers = find_layers(self.bare)
         self.n_layers = len(self.layers)

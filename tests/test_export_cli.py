@@ -221,6 +221,9 @@ def test_a_gguf_file_becomes_a_pruned_checkpoint(toy_folder, write, tmp_path):
     with Decoder(dense).masked(ORDER[:3]):
         torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)("some words")["input_ids"]
+    assert write(model_path=path, format="zeroed", output_dir=tmp_path / "zeroed").code == 0
+    config = json.loads((tmp_path / "zeroed" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"], "other programs choose by it"
 
 
 def test_eval_exports_what_it_has_measured(evaluate, write, order, toy_folder, tmp_path):
