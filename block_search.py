@@ -56,8 +56,8 @@ def parse_args(argv=None):
     parser.add_argument("--search", choices=("cached", "race", "exhaustive"), default="cached",
                         help="cached: the exact order, shared work; race: approximate, faster; exhaustive: the paper's")
     parser.add_argument("--cache-gb", type=flags.size, default=None,
-                        help="memory for kept states (cached, race), GiB; a share of what is free when absent")
-    parser.add_argument("--race-confidence", type=flags.size, default=3.0,
+                        help="memory for kept states, GiB; a share of what is free when absent")
+    parser.add_argument("--race-confidence", type=flags.size, default=flags.RACE_CONFIDENCE,
                         help="race: standard errors behind the leader at which a candidate drops out")
     parser.add_argument("--offload", action="store_true",
                         help="the layers' weights visit the device one by one: for a model that does not fit; exact")

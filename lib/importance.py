@@ -215,9 +215,8 @@ def _gradients(model, parameters):
 
 def _masked(decoder, units, windows, batch_size, progress, objective):
     """Return the objective with each of `units` masked alone, by the engine for a model that fits or does not."""
-    away = any(p.is_meta for p in decoder.layers.parameters())
-    engine = streamed if away else cached
-    options = {} if away else {"cache_bytes": 0}  # nothing is used twice
+    engine = streamed if decoder.offloaded else cached
+    options = {} if decoder.offloaded else {"cache_bytes": 0}  # nothing is used twice
     advance = (lambda unit, n, score: progress(n)) if progress else None
     try:
         step = next(engine(decoder, units, windows, 1, (), batch_size, advance, objective, **options))

@@ -24,8 +24,6 @@ from lib.blocks import Block
 from lib.evaluate import last_states, next_token
 from lib.trajectories import Plan, Store, Trajectories, rooms
 
-RACE_CONFIDENCE = 3.0  # README, "Search engines": how it was chosen
-
 
 class Step(NamedTuple):
     """One removal. block: what goes; perplexity: without it; scores: every candidate's perplexity,
@@ -89,8 +87,8 @@ def cached(
 
 
 def race(
-    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None,
-    confidence=RACE_CONFIDENCE,
+    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None, *,
+    confidence,
 ):  # fmt: skip
     """Yield Steps like `cached`, but score candidates batch by batch and drop those clearly behind (approximate).
 

@@ -41,7 +41,8 @@ def parse_args(argv=None):
     parser.add_argument("--exhaustive-steps", type=flags.positive, default=None,
                         help="time so many exhaustive removals, scale by the block forwards of all")  # fmt: skip
     parser.add_argument("--cache-gb", type=flags.size, default=None, help="memory for kept states, GiB")
-    parser.add_argument("--race-confidence", type=flags.size, default=3.0, help="as in block_search.py")
+    parser.add_argument("--race-confidence", type=flags.size, default=flags.RACE_CONFIDENCE,
+                        help="as in block_search.py")  # fmt: skip
     parser.add_argument("--race-batch-size", type=flags.positive, default=1, help="windows per decision of the race")
     parser.add_argument("--output-path", help="result file (.json)", default=None)
     args = parser.parse_args(argv)

@@ -1,4 +1,5 @@
 """The engines against a brute-force search by plain forward passes, and against each other, bit for bit."""
+import functools
 import math
 import random
 
@@ -170,7 +171,7 @@ def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
     """The leader, alone by then, overflows in the last window."""
     decoder = Decoder(toy("llama"))
     blocks = decoder.blocks()
-    leader = next(race(decoder, blocks, WINDOWS[:1], 1, batch_size=1)).block
+    leader = next(race(decoder, blocks, WINDOWS[:1], 1, batch_size=1, confidence=3.0)).block
     fatal = last_states(decoder, [decoder.embed(WINDOWS[4:])], {leader})[0]
 
     def objective(decoder, batches):
@@ -201,7 +202,7 @@ def test_race_decides_nothing_on_a_single_token():
     assert step.windows[step.block] == 5
 
 
-@pytest.mark.parametrize("engine", [cached, race])
+@pytest.mark.parametrize("engine", [cached, functools.partial(race, confidence=3.0)], ids=["cached", "race"])
 def test_progress_tells_the_score_of_the_windows_seen(engine):
     decoder, told = Decoder(toy("llama")), {}
     step = next(engine(decoder, decoder.blocks(), WINDOWS, 1, (), 2, lambda b, n, score: told.setdefault(b, []).append(
