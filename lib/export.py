@@ -118,7 +118,7 @@ def as_hf(source, removed, info):
     names = [modeling.PREFIX + name for name in family]
     config_class, _, model_class = (getattr(modeling, name) for name in names)
     anchors = [next(layer.mha for layer in chain if layer.mha is not None) for chain in chains]
-    changed = reindexed(source, [Layer(i, i) for i in anchors])
+    changed = reindexed(source.config, source.n_layers, [Layer(i, i) for i in anchors])
     values = source.config.to_dict()
     fields = {field: values[field] for field in changed}
     row = {key: list(names) for key, names in source.family._asdict().items()}
@@ -199,7 +199,7 @@ def stock_config(source, removed):
             f"the nearest format is {nearest}"
         )
     config = copy.deepcopy(source.config)
-    for field, value in reindexed(source, layers).items():
+    for field, value in reindexed(source.config, source.n_layers, layers).items():
         setattr(config, field, value)
     with readable(source.path, "configuration"), torch.device("meta"):
         bare = type(source.bare)(type(config).from_dict(config.to_dict()))
@@ -215,9 +215,8 @@ def stock_config(source, removed):
     return config, layers
 
 
-def reindexed(source, layers):
-    """Return {field: value} of the configuration's fields that change when `layers`, all whole, are its layers."""
-    config, n = source.config, source.n_layers
+def reindexed(config, n, layers):
+    """Return {field: value} of a configuration of n layers that change when `layers`, all whole, are its layers."""
     values = config.to_dict()
     changed = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(layers)}
     for field, value in values.items():

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from lib.blocks import KINDS, Block
-from lib.export import complete_or_nothing
+from lib.export import complete_or_nothing, reindexed
 from lib.importance import check_weights
+from lib.layers import Layer
 from lib.model import quiet
 from lib.orders import write_json
 
-PER_LAYER = ("layer_types", "no_rope_layers")  # fields of a configuration with one value a layer
 HALVINGS = 12  # of the threshold's range, to 0.0005; each costs only states not compared before
 
 
@@ -183,10 +183,8 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
             if child is decoder.layers:
                 setattr(module, name, nn.ModuleList([decoder.layers[layer.base] for layer in collapsed.layers]))
     config = model.config
-    for field in PER_LAYER:
-        if len(getattr(config, field, None) or ()) == L:
-            setattr(config, field, [getattr(config, field)[layer.base] for layer in collapsed.layers])
-    config.num_hidden_layers = len(collapsed.layers)
+    for field, value in reindexed(config, L, [Layer(layer.base, layer.base) for layer in collapsed.layers]).items():
+        setattr(config, field, value)
     if hasattr(config, "quantization_config"):  # of a .gguf file; the weights are dense now
         del config.quantization_config
         model.hf_quantizer = None
