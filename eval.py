@@ -122,7 +122,8 @@ def check(args):
     from lib.blocks import block_parameters, find_layers
     from lib.checkpoint import Source, check_space
     from lib.data import check_dataset
-    from lib.export import check_target, choose
+    from lib.export import choose
+    from lib.export_folder import check_target
     from lib.model import DTYPES, check_device, parameter_count, skeleton
 
     check_device(args.device)

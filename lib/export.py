@@ -7,12 +7,8 @@ brings a small modeling file along ("hf"). "zeroed" keeps every layer and zeroes
 
     export("models/Llama-2-7b-hf", order[:10], "pruned", meta=meta)
 """
-import contextlib
 import copy
-import json
-import os
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -21,9 +17,10 @@ from lib import modeling_blockpruned as modeling
 from lib.blocks import block_parameters
 from lib.checkpoint import Entry, Source, verify, write_shards
 from lib.export_decilm import as_decilm
-from lib.export_gguf import as_gguf, read_info
+from lib.export_folder import base_name, card, check_target, complete_or_nothing, copy_small_files, pruned_before
+from lib.export_gguf import as_gguf
 from lib.layers import Layer, repack
-from lib.model import locate, parameter_count, quiet, readable
+from lib.model import parameter_count, readable
 from lib.orders import check_order
 
 # Fields of a configuration that hold one value for each layer, and the branch that they describe.
@@ -34,15 +31,6 @@ PATTERNS = {
     "_sliding_window_pattern": ("layer_types", "full_attention"),
     "no_rope_layer_interval": ("no_rope_layers", 0),
 }
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*",
-)  # fmt: skip
-LICENCES = ("LICENSE*", "NOTICE*")
-WRITTEN = (  # all that an export may consist of
-    *TOKENIZER_FILES, *LICENCES, "README.md", "config.json", "generation_config.json", "model.gguf", "*.py",
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-)  # fmt: skip
 SEARCH_KEYS = (  # what of an order's meta goes into the export
     "block_type", "dataset", "source", "split", "seed", "documents", "windows", "seqlen", "tokens", "text_sha256",
     "dtype", "engine", "approximate", "metric", "protect_first", "protect_last", "window",
@@ -77,7 +65,7 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     write, how_to_load = FORMATS[format](source, removed, info)
     text = card(source, info, how_to_load)
     with complete_or_nothing(folder) as temporary:
-        _copy_small_files(source, temporary, format)
+        copy_small_files(source, temporary, format)
         (temporary / "README.md").write_text(text, encoding="utf-8")
         write(temporary)  # last: the rest, where it can fail, fails in seconds
         size = sum(file.stat().st_size for file in temporary.iterdir())
@@ -263,105 +251,6 @@ def anchored(source, removed):
     return chains
 
 
-# ---- what lies around the weights ----------------------------------------------------------------------------
-
-
-def check_target(folder, path, overwrite=False):
-    """Raise ValueError where `folder` is taken: by files, or with `overwrite` by anything but an earlier export."""
-    folder = _place(folder)
-    if folder.is_file():
-        raise ValueError(f"{folder}: a file; give a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{folder}: is not empty; give another folder (scripts.export may --overwrite an export)")
-    if Path(path).exists() and folder in (Path(path).resolve(), *Path(path).resolve().parents):
-        raise ValueError(f"{folder}: holds the model itself; give another folder")
-    try:
-        if (folder / "model.gguf").is_file():
-            read_info(folder / "model.gguf")
-            ours = True
-        else:
-            ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ours = False
-    foreign = [f.name for f in folder.iterdir() if f.is_dir() or not any(fnmatch(f.name, p) for p in WRITTEN)]
-    if foreign or not ours:
-        what = f" ({min(foreign)})" if foreign else ""
-        raise ValueError(f"{folder}: holds other things than an export{what}; empty it or give another folder")
-
-
-def _place(folder):
-    """Return where `folder` is, behind links: it is replaced on its own disk. Refuse what cannot be replaced."""
-    place = Path(folder).expanduser().resolve()
-    if place.is_mount():
-        raise ValueError(f"{folder}: a mount point, which no finished folder can replace; give a folder in it")
-    return place
-
-
-@contextlib.contextmanager
-def complete_or_nothing(folder):
-    """Give an empty folder beside `folder` that takes its place at the end, and is gone after an error."""
-    folder = _place(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists():
-            shutil.rmtree(old) if folder.exists() else old.rename(folder)
-
-
-def _copy_small_files(source, folder, format):
-    """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
-    from transformers import AutoTokenizer
-
-    patterns = LICENCES  # a .gguf file holds all the rest
-    if format != "gguf":
-        _write_generation_config(source, folder)
-        new_type = format in ("hf", "decilm")
-        if source.gguf or (new_type and any(any(source.folder.glob(pattern)) for pattern in TOKENIZER_FILES)):
-            # transformers chooses a tokenizer's class by model type, too; under a new type the file has to name it
-            with readable(source.path, "tokenizer"), quiet():
-                where, gguf = locate(source.path)
-                kwargs = {"gguf_file": gguf} if gguf else {}
-                tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **kwargs)
-                tokenizer.save_pretrained(folder)
-        patterns = (*TOKENIZER_FILES, *LICENCES, *(["*.py"] if getattr(source.config, "auto_map", None) else []))
-    for pattern in patterns if not source.gguf else ():
-        for file in source.folder.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
-
-
-def _write_generation_config(source, folder):
-    """Write generation_config.json: the source's, else what transformers finds in its configuration."""
-    from transformers import GenerationConfig
-
-    name, settings = "generation_config.json", getattr(source.bare, "generation_config", None)
-    if not source.gguf:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
-            return
-        with readable(source.path, "configuration"), quiet():
-            settings = GenerationConfig.from_pretrained(
-                source.folder, config_file_name="config.json", _from_model_config=True
-            )
-    settings.to_json_file(folder / name)
-
-
-def base_name(source):
-    """Return the model's name for people: the hub id, or the name of its folder or file."""
-    return Path(source.path).resolve().name if Path(source.path).exists() else source.path
-
-
 def perplexities(removed, meta):
     """Return the order's perplexities, dense and after these removals; None where the order does not know them."""
     steps = dict(meta).get("steps")
@@ -369,60 +258,6 @@ def perplexities(removed, meta):
     step = step if isinstance(step, dict) else {}
     dense = dict(meta).get("dense_perplexity")
     return {"dense_perplexity": dense, "perplexity": step.get("perplexity") if removed else dense}
-
-
-def pruned_before(source):
-    """Return the pruning_info of a source that is an export itself, None of another."""
-    if not source.gguf:
-        return getattr(source.config, "pruning_info", None)
-    with contextlib.suppress(ValueError):
-        return read_info(source.path)
-
-
-def card(source, info, how_to_load):
-    """Return the model card: YAML for the hub, then what was removed and how to load the rest."""
-    front = {"base_model": info["base_model"], **_licence(source)}
-    front |= {} if info["format"] in ("decilm", "gguf") else {"library_name": "transformers"}
-    front |= {"pipeline_tag": "text-generation", "tags": ["pruned", "blockpruner"]}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", ""]
-    n, search = len(info["removed"]), info["search"]
-    lines += [f"# {Path(info['base_model']).stem} without {n} of its blocks", ""]
-    metric, kind = search.get("metric", "ppl"), search.get("block_type", "mix")
-    found = "found by BlockPruner" if (metric, kind) == ("ppl", "mix") else f"chosen by {metric}, block type {kind}"
-    lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, {found}:", ""]
-    lines += [" ".join(info["removed"]) or "none", ""]
-    if "pruned_before" in info:
-        lines += [f"{info['base_model']} was pruned before: `pruned_before` in `pruning_info` says how.", ""]
-    lines += ["| | base | pruned |", "|---|---|---|"]
-    less = f"(-{info['removed_percent']:.2f} %)"
-    lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} {less} |"]
-    if "stored_parameters" in info:
-        lines += [f"| parameters in the file | | {info['stored_parameters']:,} |"]  # padding, a head of its own
-    measured = [(info, f"{search.get('dataset', 'calibration')}, the search's text")]
-    if evaluated := info["evaluated"]:
-        measured.append((evaluated, ", ".join(filter(None, (evaluated["dataset"], evaluated.get("limit"))))))
-    for values, text in measured:
-        pair = values["dense_perplexity"], values["perplexity"]
-        if all(isinstance(value, (int, float)) for value in pair):  # infinities are strings
-            lines += ["| perplexity ({}) | {:.4f} | {:.4f} |".format(text, *pair)]
-    return "\n".join([*lines, "", "## Loading it", "", how_to_load.strip(), ""])
-
-
-def _licence(source):
-    """Return the licence fields of a .gguf file's metadata, else of the YAML header of the base's card."""
-    if source.gguf:
-        from gguf import GGUFReader
-
-        field = GGUFReader(source.path).fields.get("general.license")
-        return {"license": field.contents()} if field else {}
-    import yaml
-    from huggingface_hub.repocard import metadata_load
-
-    keys, data = ("license", "license_name", "license_link"), {}
-    if (readme := source.folder / "README.md").is_file():
-        with contextlib.suppress(ValueError, yaml.YAMLError):  # a card that the hub refuses, too
-            data = metadata_load(readme) or {}
-    return {key: data[key] for key in keys if data.get(key)}
 
 
 def _python(arguments):

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from lib.blocks import KINDS, Block
-from lib.export import complete_or_nothing, reindexed
+from lib.export import reindexed
+from lib.export_folder import complete_or_nothing
 from lib.importance import check_weights
 from lib.layers import Layer
 from lib.model import quiet

@@ -31,7 +31,8 @@ def main(argv=None):
     with parser.user_errors():
         order, meta = flags.read_removals(args)
         flags.check_folder(args.output_dir, "--output-dir")
-        from lib.export import check_target, export
+        from lib.export import export
+        from lib.export_folder import check_target
         from lib.model import skeleton
         from lib.orders import to_json
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import lib.export
+import lib.export_folder
 from lib.blocks import Block, Decoder
 from lib.orders import read_order, save_order
 from scripts import export
@@ -352,8 +353,8 @@ def test_a_link_is_followed_to_its_disk_and_stays(write, tmp_path):
 
 def test_a_mount_point_is_refused_before_anything_is_written():
     with pytest.raises(ValueError, match="a mount point.*give a folder in it"):
-        lib.export.check_target("/", "model")
-    with pytest.raises(ValueError, match="a mount point"), lib.export.complete_or_nothing("/"):
+        lib.export_folder.check_target("/", "model")
+    with pytest.raises(ValueError, match="a mount point"), lib.export_folder.complete_or_nothing("/"):
         raise AssertionError("a folder was made")
 
 
