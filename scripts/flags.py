@@ -26,11 +26,17 @@ class Parser(argparse.ArgumentParser):
 
     @contextlib.contextmanager
     def user_errors(self):
-        """Within this context a ValueError of the library, or a file that the system refuses, is the user's to mend."""
+        """Within this context these are the user's to mend: a ValueError of the library, a file that the system
+        refuses, a model that is larger than the GPU."""
         try:
             yield
         except (ValueError, OSError) as error:
             self.error(error)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be there
+                raise
+            self.error("the GPU's memory is full while the model is loaded; free it, or take another --device; "
+                       "block_search.py searches larger models with --offload")  # fmt: skip
 
 
 def add_model_flags(parser):

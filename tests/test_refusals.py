@@ -224,6 +224,15 @@ def test_an_order_of_another_model_of_the_same_depth_is_warned_about(evaluate, t
         assert run.code == 0 and len(run.err.splitlines()) == 1 and "warning: the order was searched on" in run.err
 
 
+def test_a_model_larger_than_the_gpu_is_one_line(refused, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("lib.model.load_model", full)
+    for script in ("search", "eval"):
+        refused("the GPU's memory is full", "--device", "--offload", script=script)
+
+
 def test_a_part_of_a_run_of_layers_is_warned_about(search, evaluate):
     path = search(metric="angular", block_type="layer", del_block_num=4).result["order_file"]
     run = evaluate(ppl_search_file=path, del_block_num=2)
