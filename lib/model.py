@@ -7,6 +7,7 @@ weight is read; a checkpoint that would leave weights at random values is refuse
     tokenizer = load_tokenizer("models/Llama-2-7b-hf")
 """
 import contextlib
+import copy
 import functools
 import hashlib
 import logging
@@ -50,8 +51,7 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
         kwargs["offload_folder"] = _offload_folder()
     if gguf:
         kwargs |= {"gguf_file": gguf, **_dequantise()}
-    else:
-        kwargs["config"] = load_config(path, trust_remote_code)
+    kwargs["config"] = load_config(path, trust_remote_code)
     with readable(path, "weights"), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(where, **kwargs)
     mismatched = sorted(info["mismatched_keys"])
@@ -88,8 +88,10 @@ def load_config(path, trust_remote_code=False):
 
     where, gguf = locate(path)
     with readable(path, "configuration"), quiet():
-        kwargs = {"gguf_file": gguf} if gguf else {}
-        config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
+        if gguf:
+            config = copy.deepcopy(_gguf_config(path, Path(where, gguf).stat().st_mtime_ns))
+        else:
+            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(
             f"--model-path {path}: {type(config).__name__} is an encoder-decoder; "
@@ -102,6 +104,15 @@ def load_config(path, trust_remote_code=False):
             "use a checkpoint whose architecture ends in ForCausalLM or LMHeadModel"
         )
     return config
+
+
+@functools.lru_cache(maxsize=1)
+def _gguf_config(path, modified):
+    """Return the configuration of a .gguf file; a vocabulary of 50,000 takes seconds each time it is read."""
+    from transformers import AutoConfig
+
+    where, gguf = locate(path)
+    return AutoConfig.from_pretrained(where, gguf_file=gguf)
 
 
 def load_tokenizer(path, trust_remote_code=False):
