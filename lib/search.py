@@ -95,8 +95,9 @@ def race(
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
     the tokens both have seen, exceeds `confidence` standard errors of that mean. The rest see all
     windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
-    it saw. Should none of the rest be finite in the end, the dropped ones see what they missed, and all
-    are decided among. Small batches decide sooner. confidence = inf drops nobody: the numbers of `cached`.
+    it saw; batches are visited in an order that spreads over the text. Should none of the rest be finite
+    in the end, the dropped ones see what they missed, and all are decided among. Small batches decide
+    sooner. confidence = inf drops nobody: the numbers of `cached`.
     """
     yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence)
 
@@ -173,28 +174,33 @@ def _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, 
         Trajectories(decoder, ids, plan, store, functools.partial(goal.losses, k)) for k, ids in enumerate(batches)
     ]
 
-    def see(batch, candidates, losses, sums):
-        for block, token_losses in batch.token_losses(candidates, removed):
-            losses[block].append(token_losses)
+    visits = _spread(len(batches)) if confidence < math.inf else range(len(batches))
+
+    def see(k, candidates, losses, sums):
+        for block, token_losses in batches[k].token_losses(candidates, removed):
+            losses[block][k] = token_losses
             if progress:
                 sums[block] += token_losses.double().sum(0)
-                mean = sums[block] / sum(map(len, losses[block]))  # one window that stands for all seen
-                progress(block, len(batch.ids), goal.score([mean[None]]))
+                mean = sums[block] / sum(map(len, losses[block].values()))  # one window that stands for all seen
+                progress(block, len(token_losses), goal.score([mean[None]]))
+
+    def score(seen):
+        return goal.score([seen[k] for k in sorted(seen)])
 
     while len(removed) < n:
         clock = _Clock(decoder)
         left = _left(blocks, removed)
-        alive, losses, sums = left, {block: [] for block in left}, Counter()  # token losses of each batch seen
-        for batch in batches:
-            see(batch, alive, losses, sums)
-            if confidence < math.inf and batch is not batches[-1]:
+        alive, losses, sums = left, {block: {} for block in left}, Counter()  # token losses by number of the batch
+        for k in visits:
+            see(k, alive, losses, sums)
+            if confidence < math.inf and k != visits[-1]:
                 alive = _survivors(alive, losses, confidence)
-        if not any(math.isfinite(goal.score(losses[block])) for block in alive):
-            for k, batch in enumerate(batches):
-                see(batch, [block for block in left if len(losses[block]) == k], losses, sums)
+        if not any(math.isfinite(score(losses[block])) for block in alive):
+            for k in visits:
+                see(k, [block for block in left if k not in losses[block]], losses, sums)
             alive = left
-        scores = {block: goal.score(losses[block]) for block in left}
-        seen = {block: sum(map(len, losses[block])) for block in left}
+        scores = {block: score(losses[block]) for block in left}
+        seen = {block: sum(map(len, losses[block].values())) for block in left}
         if progress:
             for block in left:
                 progress(block, len(windows) - seen[block], scores[block])
@@ -206,9 +212,20 @@ def _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, 
         yield step
 
 
+def _spread(n):
+    """Return 0..n-1 in an order whose first few lie far apart.
+
+    Neighbouring windows are of the same documents, and speak less for the rest of the text. The k-th
+    goes where k times the golden ratio, modulo 1, ranks among all.
+    """
+    golden = (math.sqrt(5) - 1) / 2
+    ranked = sorted(range(n), key=lambda k: k * golden % 1)
+    return sorted(range(n), key=ranked.__getitem__)
+
+
 def _survivors(alive, losses, confidence):
-    """Return the candidates not clearly behind the leader; losses: block -> list of (B, n) token losses."""
-    tokens = {block: torch.cat([t.flatten() for t in losses[block]]).double() for block in alive}
+    """Return the candidates not clearly behind the leader; losses: block -> {batch: token losses (B, n)}."""
+    tokens = {block: torch.cat([t.flatten() for t in losses[block].values()]).double() for block in alive}
     finite = [block for block in alive if tokens[block].isfinite().all()]
     if not finite or len(tokens[finite[0]]) < 2:  # a single difference has no standard error
         return alive

@@ -10,12 +10,15 @@ from memory import in_fresh_process, linux_only
 
 from lib.blocks import Block, Decoder
 from lib.evaluate import Objective, last_states, next_token, perplexity, window_losses
-from lib.search import NoFiniteCandidate, cached, exhaustive, race
+from lib.search import NoFiniteCandidate, _spread, cached, exhaustive, race
 from lib.trajectories import HOST, Plan, Store, Trajectories
 
 EVERY = [*TOYS, "baichuan"]
 WINDOWS = torch.randint(V, (5, 24), generator=torch.Generator().manual_seed(1))
 STATE = WINDOWS.numel() * 32 * 4  # bytes of one state of all windows, hidden size 32, float32
+
+
+RACE = functools.partial(race, confidence=3.5)
 
 
 def brute_force(model, kinds, K):
@@ -171,7 +174,7 @@ def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
     """The leader, alone by then, overflows in the last window."""
     decoder = Decoder(toy("llama"))
     blocks = decoder.blocks()
-    leader = next(race(decoder, blocks, WINDOWS[:1], 1, batch_size=1, confidence=3.0)).block
+    leader = next(race(decoder, blocks, WINDOWS[:1], 1, batch_size=1, confidence=3.5)).block
     fatal = last_states(decoder, [decoder.embed(WINDOWS[4:])], {leader})[0]
 
     def objective(decoder, batches):
@@ -191,6 +194,17 @@ def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
     assert sum(windows for _, windows, _ in seen) == 30
 
 
+def test_race_visits_far_windows_before_neighbours():
+    """Of n windows the first k leave no gap much wider than n / k, so that no document decides alone."""
+    for n in range(1, 60):
+        order = _spread(n)
+        assert sorted(order) == list(range(n))
+        for k in range(2, n + 1):
+            seen = sorted(order[:k])
+            gaps = [b - a for a, b in zip(seen, [*seen[1:], seen[0] + n], strict=True)]
+            assert max(gaps) <= 3 * math.ceil(n / k), (n, k)
+
+
 def test_race_decides_nothing_on_a_single_token():
     decoder = Decoder(toy("llama"))
     windows = WINDOWS[:, :2]
@@ -202,16 +216,17 @@ def test_race_decides_nothing_on_a_single_token():
     assert step.windows[step.block] == 5
 
 
-@pytest.mark.parametrize("engine", [cached, functools.partial(race, confidence=3.0)], ids=["cached", "race"])
-def test_progress_tells_the_score_of_the_windows_seen(engine):
+@pytest.mark.parametrize("engine, visits", [(cached, (0, 1, 2)), (RACE, (0, 2, 1))])
+def test_progress_tells_the_score_of_the_windows_seen(engine, visits):
     decoder, told = Decoder(toy("llama")), {}
     step = next(engine(decoder, decoder.blocks(), WINDOWS, 1, (), 2, lambda b, n, score: told.setdefault(b, []).append(
         (n, score))))  # fmt: skip
     for block, calls in told.items():
         assert sum(n for n, _ in calls) == 5
-        for k, seen in enumerate((2, 4, 5)[: len(calls) - 1]):
-            losses = window_losses(decoder, WINDOWS[:seen], 2, {block})
-            assert calls[k] == (2 if seen < 5 else 1, pytest.approx(perplexity(losses, 24), rel=1e-9))
+        for k in range(len(calls) - 1):
+            batches = [WINDOWS.split(2)[visit] for visit in visits[: k + 1]]
+            losses = window_losses(decoder, torch.cat(batches), 2, {block})
+            assert calls[k] == (len(batches[-1]), pytest.approx(perplexity(losses, 24), rel=1e-9))
         assert calls[-1][1] == step.scores[block]
 
 
@@ -224,7 +239,7 @@ def test_resuming_is_passing_what_is_done(engine):
     assert list(engine(decoder, decoder.blocks(), WINDOWS, 2, [s.block for s in whole[:3]], 2)) == []
 
 
-@pytest.mark.parametrize("engine", [exhaustive, cached, race])
+@pytest.mark.parametrize("engine", [exhaustive, cached, RACE])
 def test_a_candidate_that_is_not_finite_never_wins(engine):
     model = toy("llama")
     model.model.layers[1].mlp.down_proj.weight.data.fill_(math.nan)
@@ -235,7 +250,7 @@ def test_a_candidate_that_is_not_finite_never_wins(engine):
     assert sum(math.isnan(s) for s in step.scores.values()) == 5
 
 
-@pytest.mark.parametrize("engine", [exhaustive, cached, race])
+@pytest.mark.parametrize("engine", [exhaustive, cached, RACE])
 def test_when_no_candidate_is_finite_the_search_says_so(engine):
     model = toy("llama")
     decoder = Decoder(model)
