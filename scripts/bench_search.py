@@ -297,7 +297,8 @@ def told(result, key, otherwise):
     """Return how a comparison is printed, with the removals that were compared where they are not all."""
     if result[key] is None:
         return "-"
-    part = "" if result["scaled_by"] == 1 else f" ({result['removals_compared']})"
+    whole = result["scaled_by"] == 1 and result["removals_compared"] == result["steps_timed"]
+    part = "" if whole else f" ({result['removals_compared']})"
     return ("same" if result[key] else otherwise) + part
 
 

@@ -381,8 +381,11 @@ def test_search_benchmark_claims_only_what_it_compared(call, toy_folder, text):
     alone = call(bench_search.main, *flags(**given), "--engines", "race").result["engines"]["race"]
     assert alone["same_order"] is alone["same_scores"] is alone["compared_with"] is None
     line = [*flags(**given, exhaustive_steps=1), "--engines", "exhaustive", "race"]
-    race = call(bench_search.main, *line).result["engines"]["race"]
+    run = call(bench_search.main, *line)
+    race = run.result["engines"]["race"]
     assert race["compared_with"] == "exhaustive" and race["removals_compared"] == 1
+    printed = next(words for words in run.out.splitlines() if words.startswith("race"))
+    assert printed.count(" (1)") == 2, "one of two removals was compared"
     assert_refused(call(bench_search.main, *flags(**given | {"ppl_eval_seqlen": 1})), "--ppl-eval-seqlen 1", "2 tokens")
     run = call(bench_search.main, *flags(random_config="llama2-7b", scale=64, ppl_eval_seqlen=1))
     assert_refused(run, "--ppl-eval-seqlen 1", "2 tokens")
