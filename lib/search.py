@@ -93,8 +93,9 @@ def race(
     """Yield Steps like `cached`, but score candidates batch by batch and drop those clearly behind (approximate).
 
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
-    the tokens both have seen, exceeds `confidence` standard errors of that mean. The rest see all
-    windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
+    the tokens both have seen, exceeds `confidence` standard errors of that mean as an estimate of the mean
+    over all windows: sampled without replacement, so the error shrinks to none as they come to an end
+    (Cochran, Sampling Techniques, section 2.6). The rest see all windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
     it saw; batches are visited in an order that spreads over the text. Should none of the rest be finite
     in the end, the dropped ones see what they missed, and all are decided among. Small batches decide
     sooner. confidence = inf drops nobody: the numbers of `cached`.
@@ -194,7 +195,7 @@ def _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, 
         for k in visits:
             see(k, alive, losses, sums)
             if confidence < math.inf and k != visits[-1]:
-                alive = _survivors(alive, losses, confidence)
+                alive = _survivors(alive, losses, confidence, len(windows))
         if not any(math.isfinite(score(losses[block])) for block in alive):
             for k in visits:
                 see(k, [block for block in left if k not in losses[block]], losses, sums)
@@ -223,8 +224,9 @@ def _spread(n):
     return sorted(range(n), key=ranked.__getitem__)
 
 
-def _survivors(alive, losses, confidence):
+def _survivors(alive, losses, confidence, n_windows):
     """Return the candidates not clearly behind the leader; losses: block -> {batch: token losses (B, n)}."""
+    unseen = 1 - sum(map(len, losses[alive[0]].values())) / n_windows
     tokens = {block: torch.cat([t.flatten() for t in losses[block].values()]).double() for block in alive}
     finite = [block for block in alive if tokens[block].isfinite().all()]
     if not finite or len(tokens[finite[0]]) < 2:  # a single difference has no standard error
@@ -233,7 +235,7 @@ def _survivors(alive, losses, confidence):
     survivors = []
     for block in finite:
         behind = tokens[block] - tokens[leader]
-        error = behind.std().item() / math.sqrt(len(behind))
+        error = behind.std().item() * math.sqrt(unseen / len(behind))
         if block == leader or behind.mean().item() <= confidence * error:
             survivors.append(block)
     return survivors

@@ -170,6 +170,30 @@ def test_race_skips_what_it_drops():
         assert raced[0].scores[block] == everything[0].scores[block]
 
 
+def test_race_drops_by_the_error_of_a_mean_over_windows_drawn_without_replacement():
+    """Each candidate leaves after as many windows as a reading of the rule in numpy, on plain forwards, says."""
+    decoder, z = Decoder(toy("llama")), 2.0
+    N, windows = 12, torch.randint(V, (12, 24), generator=torch.Generator().manual_seed(2))
+    losses = {}
+    for block in decoder.blocks():
+        with decoder.masked([block]), torch.inference_mode():
+            logits = decoder.model(input_ids=windows, use_cache=False).logits[:, :-1].double()
+        losses[block] = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none").numpy()
+    left, expected = set(losses), {}
+    for n in range(1, N):
+        tokens = {block: losses[block][_spread(N)[:n]].ravel() for block in left}
+        leader = min(left, key=lambda block: tokens[block].mean())
+        for block in left - {leader}:
+            behind = tokens[block] - tokens[leader]
+            error = (behind.var(ddof=1) / behind.size * (N - n) / N) ** 0.5
+            if behind.mean() > z * error:
+                expected[block] = n
+                left = left - {block}
+    expected |= dict.fromkeys(left, N)
+    assert next(race(decoder, decoder.blocks(), windows, 1, batch_size=1, confidence=z)).windows == expected
+    assert len(set(expected.values())) > 2, "candidates leave at different times, or this says little"
+
+
 def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
     """The leader, alone by then, overflows in the last window."""
     decoder = Decoder(toy("llama"))
