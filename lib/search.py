@@ -93,12 +93,13 @@ def race(
     """Yield Steps like `cached`, but score candidates batch by batch and drop those clearly behind (approximate).
 
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
-    the tokens both have seen, exceeds `confidence` standard errors of that mean as an estimate of the mean
-    over all windows: sampled without replacement, so the error shrinks to none as they come to an end
-    (Cochran, Sampling Techniques, section 2.6). The rest see all windows, and one of them is removed. A dropped candidate's score is the perplexity of the windows
-    it saw; batches are visited in an order that spreads over the text. Should none of the rest be finite
-    in the end, the dropped ones see what they missed, and all are decided among. Small batches decide
-    sooner. confidence = inf drops nobody: the numbers of `cached`.
+    the tokens both have seen, exceeds `confidence` standard errors of it as an estimate of the mean
+    over all windows: drawn without replacement, so the error shrinks to none as they come to an end
+    (Cochran, Sampling Techniques, section 2.6). The rest see all windows, and one of them is removed.
+    A dropped candidate's score is the perplexity of the windows it saw; batches are visited in an order
+    that spreads over the text. Should none of the rest be finite in the end, the dropped ones see what
+    they missed, and all are decided among. Small batches decide sooner. confidence = inf drops nobody:
+    the numbers of `cached`.
     """
     yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence)
 

@@ -40,12 +40,13 @@ METHODS = {
     "angular": (["--metric", "angular", "--block-type", "layer"], "consecutive layers, angle (Gromov et al.)"),
     "window_ppl": (["--metric", "window_ppl", "--block-type", "layer"], "consecutive layers, perplexity (Quark)"),
     "window_cos": (["--metric", "window_cos", "--block-type", "layer"], "consecutive layers, cos (LLM-Streamline)"),
-    "laco": (["--variant", "paper"], "layers merged by adding up differences (LaCo, the paper's formula)"),
-    "laco-last": (["--variant", "last"], "layers merged, the topmost stays (LaCo, as its notebook comes to)"),
+    "laco": (["--variant", "paper"], "layers merged by adding up differences, judged on 4 windows (LaCo, the paper)"),
+    "laco-last": (["--variant", "last"], "layers merged, the topmost stays, judged on 4 windows (LaCo, its notebook)"),
 }  # fmt: skip
 SEEDED = ("random", "random-block")
 MERGED = ("laco", "laco-last")
 GREEDY = ("blockpruner", "mha", "mlp", "sleb", "kl")
+LACO_WINDOWS = 4  # its authors compare on a few sentences; bisecting its threshold on all windows takes hours
 
 PROMPT, NEW, REPEATS = 512, 32, 5  # of --measure: tokens read and written, turns taken
 SPEED = f"speed {PROMPT} + {NEW} tokens"
@@ -127,6 +128,8 @@ def open_cell(bench, job):
     """Return (path, content) of the file that keeps a cell; its name holds a hash of all that decides the removals."""
     settings = {**cell_settings(bench), "method": job.method, "ratio": job.ratio, "seed": job.seed,
                 "flags": METHODS[job.method][0] if job.ratio else []}  # fmt: skip
+    if job.method in MERGED:
+        settings["windows"] = LACO_WINDOWS
     name = f"{str(job).replace(' ', '_')}_{job.ratio:g}_{digest(settings)}.json"
     path = bench.folder / "cells" / name
     try:
@@ -183,7 +186,8 @@ def remove(bench, job):
 def merge(bench, job):
     """Return what a cell of LaCo holds: {"removed", "order_file", "merged": the layers that are left, "laco": how}.
 
-    As many layers go as the ratio takes, in the largest merges of 4, 3 or 2 layers that reach just that.
+    As many layers go as the ratio takes, in the largest merges of 4, 3 or 2 layers that reach just that. States are
+    compared on the first LACO_WINDOWS windows of the calibration text.
     """
     from lib import candidates, laco
     from lib.blocks import blocks_of
@@ -196,7 +200,7 @@ def merge(bench, job):
     for C in (C for C in (4, 3, 2) if n % (C - 1) == 0):
         try:
             found = laco.collapse(
-                decoder, bench.calibration.windows, C, variant=METHODS[job.method][0][1], remove=n,
+                decoder, bench.calibration.windows[:LACO_WINDOWS], C, variant=METHODS[job.method][0][1], remove=n,
                 batch_size=args.ppl_eval_batch_size,
             )  # fmt: skip
             break

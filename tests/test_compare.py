@@ -13,7 +13,7 @@ from command_line import SMALL, assert_refused, flags, start, tree
 
 from lib.orders import KINDS, parse_block, read_order
 from scripts import compare
-from scripts.cells import GREEDY, METHODS
+from scripts.cells import GREEDY, LACO_WINDOWS, METHODS
 
 LAYERS = 8
 EVERY = [m for m in METHODS if not m.endswith("-block") or m in ("bi-block", "ppl-plus-block", "random-block")]
@@ -100,6 +100,7 @@ def everything(words, tmp_path_factory):
     folder, out = tmp_path_factory.mktemp("everything") / "out", io.StringIO()
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr("lib.report.DPI", 40)
+        patch.setattr("scripts.cells.LACO_WINDOWS", 99)  # all of them, as scripts.laco takes
         compare.main(words(folder, " ".join(EVERY), "0.1 0.19"))
     return out.getvalue(), json.loads((folder / "compare.json").read_text()), folder
 
@@ -290,6 +291,21 @@ def test_other_settings_share_no_cell(comparison, tmp_path):
         assert run.result["measurements"] >= 4, changes
     assert len(set(tree(tmp_path / "out" / "cells"))) == 5 * len(kept)
     assert comparison("bi")[0].result["measurements"] == 0
+
+
+def test_laco_is_judged_on_the_first_few_windows(comparison, monkeypatch):
+    from lib import laco
+
+    given, collapse = [], laco.collapse
+
+    def spied(decoder, windows, *args, **options):
+        given.append(windows)
+        return collapse(decoder, windows, *args, **options)
+
+    monkeypatch.setattr(laco, "collapse", spied)
+    _, summary = comparison("laco", "0.19")
+    assert summary["settings"]["calibration"]["windows"] > LACO_WINDOWS == 4 == len(given[0])
+    assert summary["rows"][1]["failed"] is None and len(given) == 1
 
 
 def test_speed_is_measured_against_the_dense_model(comparison, tmp_path):
