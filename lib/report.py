@@ -24,6 +24,7 @@ MARKERS = "osD^vPX*<>ph"
 LINES = ("-", "--", ":")
 KIND_COLOURS = {"mha": "#0072B2", "mlp": "#D55E00"}
 LOG_FROM = 3  # scores that spread by more than this factor get a logarithmic scale
+OFF_SCALE = 100  # times the lowest of a panel: lines of models destroyed leave it there, or the others would be flat
 
 
 class Point(NamedTuple):
@@ -156,8 +157,8 @@ def curves(panels, percent=False):
     """Return one panel a measure, {title: {method: list of Point}}: the measure against the parameters removed.
 
     A method keeps its colour, marker and line in all panels, and the legend follows the first panel's right ends from
-    the top; the method called "dense" is a horizontal line. percent:
-    higher is better, on a linear scale; else the scale is logarithmic where values spread.
+    the top; the method called "dense" is a horizontal line. percent: higher is better, on a linear scale;
+    else the scale is logarithmic where values spread, and ends at OFF_SCALE times the lowest.
     """
     panels = {
         title: {
@@ -189,6 +190,8 @@ def curves(panels, percent=False):
         if not percent and values and max(values) > LOG_FROM * min(values):
             axis.set_yscale("log")
             _plain_numbers(axis.yaxis)
+            if max(values) > OFF_SCALE * min(values):
+                axis.set_ylim(min(values) / 1.3, OFF_SCALE * min(values))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("parameters removed, %")
         axis.set_xlim(left=-0.03 * axis.get_xlim()[1])

@@ -351,6 +351,8 @@ def picture_of_curves(panels, what, percent):
         "model. Bars are standard errors where known (lines of several seeds: standard deviations over seeds). "
         "The legend is in the order of the first panel's last points."
     )
+    if not percent:
+        caption += f" What is more than {report.OFF_SCALE} times a panel's lowest is off the scale."
     return report.draw(
         report.curves(panels, percent), caption, f"Line chart. {next(iter(panels))}: {'; '.join(ends)}."
     )

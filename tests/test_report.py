@@ -168,6 +168,8 @@ def test_curves_draw_every_point_with_its_error():
     colours = [{c.get_label(): c.lines[0].get_color() for c in axis.containers} for axis in (text, other)]
     assert colours[0] == colours[1]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
+    wrecked = {"a": [P(0, 2), P(1, 90)], "b": [P(0, 2), P(1, 5e6)]}
+    assert report.curves({"x": wrecked}).axes[0].get_ylim()[1] == 200, "else the line of a would look flat"
     assert report.curves({"x": {"a": [P(0, 1), P(1, 90)]}}, percent=True).axes[0].get_yscale() == "linear"
 
 
