@@ -95,7 +95,7 @@ def race(
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
     the tokens both have seen, exceeds `confidence` standard errors of it as an estimate of the mean
     over all windows: drawn without replacement, so the error shrinks to none as they come to an end
-    (Cochran, Sampling Techniques, section 2.6). The rest see all windows, and one of them is removed.
+    (by the root of (N - n) / (N - 1) after n of N windows). The rest see all windows, and one of them is removed.
     A dropped candidate's score is the perplexity of the windows it saw; batches are visited in an order
     that spreads over the text. Should none of the rest be finite in the end, the dropped ones see what
     they missed, and all are decided among. Small batches decide sooner. confidence = inf drops nobody:
@@ -227,7 +227,7 @@ def _spread(n):
 
 def _survivors(alive, losses, confidence, n_windows):
     """Return the candidates not clearly behind the leader; losses: block -> {batch: token losses (B, n)}."""
-    unseen = 1 - sum(map(len, losses[alive[0]].values())) / n_windows
+    unseen = (n_windows - sum(map(len, losses[alive[0]].values()))) / (n_windows - 1)
     tokens = {block: torch.cat([t.flatten() for t in losses[block].values()]).double() for block in alive}
     finite = [block for block in alive if tokens[block].isfinite().all()]
     if not finite or len(tokens[finite[0]]) < 2:  # a single difference has no standard error

@@ -185,7 +185,7 @@ def test_race_drops_by_the_error_of_a_mean_over_windows_drawn_without_replacemen
         leader = min(left, key=lambda block: tokens[block].mean())
         for block in left - {leader}:
             behind = tokens[block] - tokens[leader]
-            error = (behind.var(ddof=1) / behind.size * (N - n) / N) ** 0.5
+            error = (behind.var(ddof=1) / behind.size * (N - n) / (N - 1)) ** 0.5
             if behind.mean() > z * error:
                 expected[block] = n
                 left = left - {block}
