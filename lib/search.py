@@ -93,9 +93,11 @@ def race(
     """Yield Steps like `cached`, but score candidates batch by batch and drop those clearly behind (approximate).
 
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
-    the tokens both have seen, exceeds `confidence` standard errors of it as an estimate of the mean
-    over all windows: drawn without replacement, so the error shrinks to none as they come to an end
-    (by the root of (N - n) / (N - 1) after n of N windows). The rest see all windows, and one of them is removed.
+    the tokens both have seen, exceeds `confidence` standard errors. The error is that of the mean of
+    tokens, times the root of (N - n) / (N - 1), since n of N windows are drawn without replacement and
+    the last ones leave nothing open, times the root of 1 + 2 / n, by which Student's t with n + 2 degrees
+    of freedom is wider than the normal: few windows tell little of how documents differ. The rest see
+    all windows, and one of them is removed.
     A dropped candidate's score is the perplexity of the windows it saw; batches are visited in an order
     that spreads over the text. Should none of the rest be finite in the end, the dropped ones see what
     they missed, and all are decided among. Small batches decide sooner. confidence = inf drops nobody:
@@ -225,19 +227,20 @@ def _spread(n):
     return sorted(range(n), key=ranked.__getitem__)
 
 
-def _survivors(alive, losses, confidence, n_windows):
+def _survivors(alive, losses, confidence, N):
     """Return the candidates not clearly behind the leader; losses: block -> {batch: token losses (B, n)}."""
-    unseen = (n_windows - sum(map(len, losses[alive[0]].values()))) / (n_windows - 1)
+    n = sum(map(len, losses[alive[0]].values()))
     tokens = {block: torch.cat([t.flatten() for t in losses[block].values()]).double() for block in alive}
     finite = [block for block in alive if tokens[block].isfinite().all()]
     if not finite or len(tokens[finite[0]]) < 2:  # a single difference has no standard error
         return alive
     leader = min(finite, key=lambda block: tokens[block].mean().item())
+    wider = confidence * math.sqrt((N - n) / (N - 1) * (1 + 2 / n))
     survivors = []
     for block in finite:
         behind = tokens[block] - tokens[leader]
-        error = behind.std().item() * math.sqrt(unseen / len(behind))
-        if block == leader or behind.mean().item() <= confidence * error:
+        error = behind.std().item() / math.sqrt(len(behind))
+        if block == leader or behind.mean().item() <= wider * error:
             survivors.append(block)
     return survivors
 

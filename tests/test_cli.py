@@ -164,7 +164,7 @@ def test_a_race_says_so_sees_a_window_at_a_time_and_is_continued(search, tmp_pat
     order, meta = read_order(path)
     assert scores(path) == scores(whole["order_file"])
     told = meta["engine"], meta["approximate"], meta["race_confidence"], meta["batch_size"]
-    assert told == ("race", True, 3.5, 1)
+    assert told == ("race", True, 3.0, 1)
     for block, step in zip(order, meta["steps"], strict=True):
         assert step["windows"].keys() == step["scores"].keys()
         assert step["windows"][str(block)] == meta["windows"] and min(step["windows"].values()) >= 1
