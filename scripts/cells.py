@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+LACO_WINDOWS = 4  # its authors compare on a few sentences; bisecting its threshold on all windows takes hours
+
 _ONCE = {  # method: metric, protected layers, what it is
     "ppl-oneshot": ("ppl-oneshot", (0, 0), "perplexity without the unit, judged once (Shortened LLaMA)"),
     "ppl-plus": ("ppl-oneshot", (4, 2), "ppl-oneshot, layers 0-3 and the last two kept (Shortened LLaMA, PPL+)"),
@@ -40,13 +42,12 @@ METHODS = {
     "angular": (["--metric", "angular", "--block-type", "layer"], "consecutive layers, angle (Gromov et al.)"),
     "window_ppl": (["--metric", "window_ppl", "--block-type", "layer"], "consecutive layers, perplexity (Quark)"),
     "window_cos": (["--metric", "window_cos", "--block-type", "layer"], "consecutive layers, cos (LLM-Streamline)"),
-    "laco": (["--variant", "paper"], "layers merged by adding up differences, judged on 4 windows (LaCo, the paper)"),
-    "laco-last": (["--variant", "last"], "layers merged, the topmost stays, judged on 4 windows (LaCo, its notebook)"),
+    "laco": (["--variant", "paper"], f"layers merged by adding up differences, judged on {LACO_WINDOWS} windows (LaCo)"),
+    "laco-last": (["--variant", "last"], f"layers merged, topmost stays, judged on {LACO_WINDOWS} windows (LaCo's notebook)"),
 }  # fmt: skip
 SEEDED = ("random", "random-block")
 MERGED = ("laco", "laco-last")
 GREEDY = ("blockpruner", "mha", "mlp", "sleb", "kl")
-LACO_WINDOWS = 4  # its authors compare on a few sentences; bisecting its threshold on all windows takes hours
 
 PROMPT, NEW, REPEATS = 512, 32, 5  # of --measure: tokens read and written, turns taken
 SPEED = f"speed {PROMPT} + {NEW} tokens"
