@@ -42,8 +42,8 @@ METHODS = {
     "angular": (["--metric", "angular", "--block-type", "layer"], "consecutive layers, angle (Gromov et al.)"),
     "window_ppl": (["--metric", "window_ppl", "--block-type", "layer"], "consecutive layers, perplexity (Quark)"),
     "window_cos": (["--metric", "window_cos", "--block-type", "layer"], "consecutive layers, cos (LLM-Streamline)"),
-    "laco": (["--variant", "paper"], f"layers merged by adding up differences, judged on {LACO_WINDOWS} windows (LaCo)"),
-    "laco-last": (["--variant", "last"], f"layers merged, topmost stays, judged on {LACO_WINDOWS} windows (LaCo's notebook)"),
+    "laco": (["--variant", "paper"], f"layers merged by differences, judged on {LACO_WINDOWS} windows (LaCo)"),
+    "laco-last": (["--variant", "last"], f"layers merged, topmost stays, {LACO_WINDOWS} windows (LaCo's notebook)"),
 }  # fmt: skip
 SEEDED = ("random", "random-block")
 MERGED = ("laco", "laco-last")
