@@ -1,7 +1,8 @@
 """The cells of scripts.compare's table: what a method removes at a ratio, what is measured of the rest, kept in a file.
 
 A cell's file is named by a hash of all that decides what is removed, and holds every measurement under a key that says
-on what exactly; whatever is there is not computed again. The orders that the methods write are block_search.py's.
+on what exactly; whatever is there is not computed again, nor what another cell without the same blocks holds. The
+orders that the methods write are block_search.py's.
 
     row, losses, new = fill(bench, Job("sleb", 0.2, None))
 """
@@ -74,7 +75,8 @@ class Job(NamedTuple):
 
 class Bench(NamedTuple):
     """What all cells share. calibration: a Text; corpus: where it is from; texts: those of the perplexities;
-    parameters: their number; weights: the checkpoint's fingerprint."""
+    parameters: their number; weights: the checkpoint's fingerprint; found: {what is left: its measurements}, for
+    methods that remove the same."""
 
     args: object
     decoder: object
@@ -84,6 +86,7 @@ class Bench(NamedTuple):
     texts: list
     parameters: int
     weights: str
+    found: dict
 
     @property
     def folder(self):
@@ -102,6 +105,10 @@ def fill(bench, job):
             cell |= remove(bench, job)
             cell["seconds"]["removal"] = time.perf_counter() - start
             write_json(path, cell)
+        same = bench.found.setdefault(json.dumps([sorted(cell["removed"]), cell.get("merged")]), {})
+        if copied := {key: same[key] for key in wanted if key in same and key not in cell["measured"]}:
+            cell["measured"] |= copied
+            write_json(path, cell)
         missing = [key for key in wanted if key not in cell["measured"]]
         with weights_of(bench, cell) if missing else contextlib.nullcontext():
             for key in missing:
@@ -114,6 +121,7 @@ def fill(bench, job):
                 cell["seconds"][key] = time.perf_counter() - start
                 write_json(path, cell)
                 new += 1
+        same |= cell["measured"]
     except Exception as error:  # whatever a cell meets, the other cells go on, and the table says what it was
         failed = reason(error)
     return row_of(bench, job, cell, failed), losses_of(bench, cell), new

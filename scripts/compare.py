@@ -85,7 +85,7 @@ def main(argv=None):
         for text in (calibration, *texts):
             flags.check_tokens(text.windows, model)
         bench = Bench(args, Decoder(model), tokenizer, corpus, calibration, texts, parameter_count(model),
-                      fingerprint(args.model_path))  # fmt: skip
+                      fingerprint(args.model_path), {})  # fmt: skip
     jobs = list_jobs(args)
     summary = describe(bench)
     print("\n".join(caption(summary)))

@@ -283,6 +283,19 @@ def test_new_ratios_and_texts_compute_only_themselves(comparison, texts):
     assert fewer.result["measurements"] == 0 and list(summary["texts"]) == ["other"]
 
 
+def test_what_another_method_left_the_same_is_not_measured_twice(comparison, tmp_path):
+    both, summary = comparison("sleb ppl-oneshot laco", "0.05")  # a single layer, by the same perplexities
+    _, sleb, oneshot, laco = summary["rows"]
+    assert sleb["removed"] == oneshot["removed"] and len(sleb["removed"]) == 2
+    assert both.result["measurements"] == 3 + 2 + 2 and both.out.count("(kept)") == 1
+    alone, other = comparison("ppl-oneshot", "0.05", output_dir=tmp_path / "alone")
+    assert alone.result["measurements"] == 3 + 2
+    assert other["rows"][1]["perplexity"]["other"]["value"] == oneshot["perplexity"]["other"]["value"]
+    merged = {name: laco["perplexity"][name]["value"] for name in laco["perplexity"]}
+    assert all(merged[name] != sleb["perplexity"][name]["value"] for name in merged), "merged layers are other weights"
+    assert comparison("ppl-oneshot", "0.05")[0].result["measurements"] == 0, "kept in its own file"
+
+
 def test_other_settings_share_no_cell(comparison, tmp_path):
     first, _ = comparison("bi")
     kept = set(tree(tmp_path / "out" / "cells"))
