@@ -2,7 +2,7 @@
 
 The blocks are taken out of the model for good (its memory shrinks); dense and pruned perplexity are
 printed, and with --do-eval the paper's five zero-shot tasks. Reads orders of block_search.py and of
-the paper's own scripts; without an order and with --del-block-num 0 the dense model is measured.
+the paper's own scripts; without an order, or with --del-block-num 0, the dense model is measured.
 
     python eval.py --do-eval --model-path models/Llama-2-7b-hf --device cuda --del-block-num 17 \\
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json

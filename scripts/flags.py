@@ -136,6 +136,9 @@ def read_removals(args):
                 raise ValueError(f"{flag} {value}: which blocks? give the order with --ppl-search-file")
         return [], {}
     order, meta = read_order(args.ppl_search_file)
+    if args.del_block_num is None and args.del_ratio is None:
+        raise ValueError(f"--ppl-search-file {args.ppl_search_file}: how many of its {len(order)} removals? give "
+                         "--del-block-num or --del-ratio (0 measures the dense model)")  # fmt: skip
     if (args.del_block_num or 0) > len(order):
         raise ValueError(f"--del-block-num {args.del_block_num}: {args.ppl_search_file} holds {len(order)} "
                          f"removals; use 0..{len(order)}")  # fmt: skip

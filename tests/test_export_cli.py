@@ -275,6 +275,7 @@ def test_removals_that_the_order_does_not_hold_are_refused(refuses, refused, ord
     refuses("--del-block-num 7", "holds 6 removals", "0..6", del_block_num=7)
     refuses("--del-block-num 1", "--ppl-search-file", ppl_search_file=None, del_block_num=1)
     refuses("--del-ratio 0.5", "--ppl-search-file", ppl_search_file=None, del_ratio=0.5)
+    refused("6 removals", "--del-block-num or --del-ratio", script="eval", ppl_search_file=order)
     for refuse in (refuses, lambda *says, **given: refused(*says, script="eval", ppl_search_file=order, **given)):
         refuse("--del-ratio 0.99", "all 6 removals", "0..0.", del_ratio=0.99)
         refuse("--del-ratio", "'10'", "0 to 1", del_ratio=10)
