@@ -13,6 +13,7 @@ consecutive layers. --block-type layer removes whole layers; the file counts eac
 
     python block_search.py --model-path models/Llama-2-7b-hf --metric bi --block-type layer --target-ratio 0.2
 """
+import contextlib
 import hashlib
 import math
 import sys
@@ -22,13 +23,14 @@ from pathlib import Path
 
 from scripts import flags
 
-# Settings that decide the order: a file searched with others is not continued.
+# Settings that decide the order: a file searched with others is not continued. Exact engines give the same.
 SETTINGS = (
     "model", "metric", "block_type", "protect_first", "protect_last", "window",
     "dataset", "split", "text_column", "seed", "documents", "seqlen", "batch_size", "dtype",
-    "device", "engine", "race_confidence", "text_sha256", "weights",
+    "device", "approximate", "race_confidence", "text_sha256", "weights",
 )  # fmt: skip
-BEFORE = {"metric": "ppl", "protect_first": 0, "protect_last": 0}  # what files without these settings were made with
+# what files without these settings were made with
+BEFORE = {"metric": "ppl", "protect_first": 0, "protect_last": 0, "approximate": False}
 
 GREEDY = ("ppl", "kl")  # searched: judged again after each removal
 ONE_SHOT = ("ppl-oneshot", "kl-oneshot", "bi", "rm", "taylor", "magnitude", "last", "random")  # judged once
@@ -86,8 +88,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    import torch
-
     from lib import orders
     from lib.blocks import Decoder
     from lib.evaluate import perplexity, window_losses
@@ -115,6 +115,9 @@ def main(argv=None):
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code, args.offload)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
+        if decoder.offloaded and not args.offload:
+            raise ValueError(f"--device {args.device}: the GPUs cannot hold the model, and layers in the host's memory "
+                             "would be moved for every candidate; pass --offload, which moves each once for all")
         if args.metric in ("magnitude", "taylor"):
             check_weights(decoder, plan.units, f"--metric {args.metric}", inside=args.metric == "taylor")
     blocks, evaluations = len(plan.units) * plan.size, count_evaluations(args, plan, len(order))
@@ -131,7 +134,8 @@ def main(argv=None):
         print(f"resuming      {len(order)} removals are done: {' '.join(map(str, order))}")
 
     start = time.perf_counter()
-    dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
+    with full_gpu_told(path, order):
+        dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     seconds = time.perf_counter() - start
     print(f"dense         perplexity {dense:.4f}, one evaluation takes {seconds:.2f} s")
     if args.dry_run:
@@ -150,22 +154,30 @@ def main(argv=None):
     meta["dense_perplexity"] = dense
 
     before = len(order)
-    with progress(evaluations * len(windows)) as bar:
+    with full_gpu_told(path, order), progress(evaluations * len(windows)) as bar:
         try:
             extend(args, plan, decoder, windows, path, order, meta, bar)
         except NoFiniteCandidate as error:
             bar.close()
             sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
                      f"are in {path}; try --compute-dtype fp32")  # fmt: skip
-        except torch.OutOfMemoryError:
-            bar.close()
-            sys.exit(f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full; the {len(order)} "
-                     f"removals before it are in {path} and are continued with a smaller --cache-gb; or make "
-                     "--ppl-eval-batch-size smaller, or pass --offload")  # fmt: skip
     if len(order) > before and args.metric != "ppl":
         print(f"perplexity    {dense:.4f} -> {meta['steps'][-1]['perplexity']:.4f} on the calibration text")
     draw(path, order, meta)
     print_summary(path, order, meta)
+
+
+@contextlib.contextmanager
+def full_gpu_told(path, order):
+    """Within this context a full GPU ends the program with one line, which says how to go on."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        way = f"the {len(order)} removals before it are in {path} and are continued with" if order else "take"
+        sys.exit(f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full; {way} a smaller --cache-gb "
+                 "or --offload; a smaller --ppl-eval-batch-size needs less, too, and starts anew")  # fmt: skip
 
 
 def extend(args, plan, decoder, windows, path, order, meta, bar):
@@ -353,7 +365,7 @@ def resume(path, meta, overwrite):
         raise ValueError(f"{path}: its meta does not hold the dense model's perplexity and one step for each removal; "
                          "pass --overwrite to replace it")  # fmt: skip
     old.pop("failed", None)
-    return order, old
+    return order, old | {"engine": meta["engine"]}
 
 
 class progress:

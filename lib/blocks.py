@@ -16,6 +16,7 @@ Methods that remove whole layers name one as Block("layer", i): both its branche
 """
 import contextlib
 import inspect
+import weakref
 from collections import Counter
 from typing import NamedTuple
 
@@ -120,11 +121,17 @@ class Decoder:
         self.removed = set()
         self.counts = Counter()
         self._parts = [_find_parts(layer, self.family) for layer in self.layers]
+        self._given = []  # weak references to what the layers were last given
         self.split = self._prove()
 
     @property
     def n_layers(self):
         return len(self.layers)
+
+    @property
+    def devices(self):
+        """The devices on which states are: those of the layers, and of the tokens."""
+        return {p.device for p in self.layers.parameters() if not p.is_meta} | {self.input_device}
 
     @property
     def offloaded(self):
@@ -157,7 +164,24 @@ class Decoder:
 
         with self._layers_replaced(catch):
             self.model.base_model(input_ids=ids.to(self.input_device), use_cache=False)
-        return Stream(first[0], calls)
+        return Stream(first[0], self._shared(calls))
+
+    def _shared(self, calls):
+        """Return `calls` with the tensors of the last ones where they are equal: batches share masks and rotations.
+
+        A mask is up to (B, heads, T, T), and a text has many batches.
+        """
+        before = [tensor for reference in self._given if (tensor := reference()) is not None]
+        known = {}  # most layers are given the same tensors
+
+        def shared(tensor):
+            if id(tensor) not in known:
+                known[id(tensor)] = next((old for old in before if _identical(tensor, old)), tensor)
+            return known[id(tensor)]
+
+        calls = _with_tensors(calls, shared)
+        self._given = [weakref.ref(tensor) for tensor in known.values()]
+        return calls
 
     @torch.inference_mode()
     def run(self, i, kinds, h, stream):
@@ -466,6 +490,21 @@ def _same(a, b):
     """Whether two tensors are equal, NaN to NaN: a broken model is the search's to report, not the proof's."""
     b = b.to(a.device)  # a layer's output may be on another GPU than its input
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _identical(a, b):
+    """Whether two tensors can stand for each other, layout and device included."""
+    alike = (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+    return alike and torch.equal(a, b)
+
+
+def _with_tensors(value, change):
+    """Return nested lists, tuples and dicts with change(tensor) for each tensor."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, change) for key, item in value.items()}
+    return type(value)(_with_tensors(item, change) for item in value) if type(value) in (list, tuple) else value
 
 
 def _divergence(logits, others):

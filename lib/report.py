@@ -136,7 +136,7 @@ def removal_map(orders, n_layers):
                 if step:
                     axis.text(x, i, str(step), color="white", ha="center", va="center", fontsize=6.5, weight="bold")
         turn = 40 if len(orders) > 1 else 0
-        title = name if turn else textwrap.fill(name, 36)
+        title = _literal(name if turn else textwrap.fill(name, 36))
         axis.text(left - 0.4, -0.8, title, rotation=turn, rotation_mode="anchor", va="bottom", fontsize=8)
     axis.add_collection(PatchCollection(cells, facecolors=colours, edgecolors="white", linewidths=1))
     axis.set_xlim(-0.5, max(ticks) + 0.5)
@@ -153,10 +153,11 @@ def removal_map(orders, n_layers):
 # ---- results -------------------------------------------------------------------------------------
 
 
-def curves(panels, percent=False):
+def curves(panels, methods, percent=False):
     """Return one panel a measure, {title: {method: list of Point}}: the measure against the parameters removed.
 
-    A method keeps its colour, marker and line in all panels, and the legend follows the first panel's right ends from
+    methods: all that any picture of these results shows, for a method's colour, marker and line are those of its place
+    among them. The legend follows the first panel's right ends from
     the top; the method called "dense" is a horizontal line. percent: higher is better, on a linear scale;
     else the scale is logarithmic where values spread, and ends at OFF_SCALE times the lowest.
     """
@@ -167,10 +168,10 @@ def curves(panels, percent=False):
         }
         for title, lines in panels.items()
     }
-    methods = list(dict.fromkeys(name for lines in panels.values() for name in lines if name != "dense"))
+    shown = {name for lines in panels.values() for name in lines if name != "dense"}
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure, axes = _figure(4.8 * columns + 2, max(4.2 * rows, 0.2 * len(methods) + 0.4), rows, columns)
+    figure, axes = _figure(4.8 * columns + 2, max(4.2 * rows, 0.2 * len(shown) + 0.4), rows, columns)
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         for name, points in lines.items():
             if name == "dense":
@@ -182,7 +183,8 @@ def curves(panels, percent=False):
                 continue
             k = methods.index(name)
             axis.errorbar(
-                [p.removed for p in points], [p.value for p in points], [p.error or 0 for p in points], label=name,
+                [p.removed for p in points], [p.value for p in points], [p.error or 0 for p in points],
+                label=_literal(name),
                 color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)],
                 linestyle=LINES[k // len(COLOURS) % len(LINES)], linewidth=1.4, markersize=5, capsize=2.5,
             )  # fmt: skip
@@ -192,7 +194,7 @@ def curves(panels, percent=False):
             _plain_numbers(axis.yaxis)
             if max(values) > OFF_SCALE * min(values):
                 axis.set_ylim(min(values) / 1.3, OFF_SCALE * min(values))
-        axis.set_title(title, fontsize=10)
+        axis.set_title(_literal(title), fontsize=10)
         axis.set_xlabel("parameters removed, %")
         axis.set_xlim(left=-0.03 * axis.get_xlim()[1])
         axis.grid(True, color="#dddddd", linewidth=0.6, which="both")
@@ -202,7 +204,8 @@ def curves(panels, percent=False):
     handles = {}
     for axis in axes[: len(panels)]:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    ends = {name: points[-1].value for lines in reversed(panels.values()) for name, points in lines.items() if points}
+    last = {name: points[-1] for lines in reversed(panels.values()) for name, points in lines.items() if points}
+    ends = {_literal(name): point.value for name, point in last.items()}
     order = sorted(handles, key=ends.get, reverse=True)  # as the lines end in the first panel, from the top
     if order:
         figure.legend([handles[n] for n in order], order, loc="outside right upper", fontsize=8, frameon=False)
@@ -390,6 +393,11 @@ def _colours():
     import matplotlib
 
     return matplotlib.colormaps["viridis"]
+
+
+def _literal(text):
+    """Return text that matplotlib writes as it is, not as formulas between dollar signs."""
+    return text.replace("$", r"\$")
 
 
 def _cells(axis, values, norm):

@@ -170,12 +170,13 @@ ENGINES = {"cached": cached, "race": race, "exhaustive": exhaustive, "streamed":
 
 def _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence):
     removed, batches = list(done), windows.split(batch_size)
-    goal = objective(decoder, batches)
-    store = _store(decoder, cache_bytes)
-    state_bytes = len(windows) * decoder.embed(windows[:1]).h.nbytes
+    streams, goal = [decoder.embed(ids) for ids in batches], objective(decoder, batches)
+    store = _store(decoder, cache_bytes)  # of what is free once they are there
+    state_bytes = sum(stream.h.nbytes for stream in streams)
     plan = Plan(_left(blocks, removed), decoder.n_layers, state_bytes, sum(store.rooms.values()))
     batches = [
-        Trajectories(decoder, ids, plan, store, functools.partial(goal.losses, k)) for k, ids in enumerate(batches)
+        Trajectories(decoder, stream, plan, store, functools.partial(goal.losses, k))
+        for k, stream in enumerate(streams)
     ]
 
     visits = _spread(len(batches)) if confidence < math.inf else range(len(batches))
@@ -259,8 +260,7 @@ def _left(blocks, removed):
 
 
 def _store(decoder, cache_bytes):
-    devices = {p.device for p in decoder.layers.parameters() if not p.is_meta} | {decoder.input_device}
-    return Store(rooms(devices, cache_bytes))
+    return Store(rooms(decoder.devices, cache_bytes))
 
 
 class _Clock:

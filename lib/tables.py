@@ -6,6 +6,9 @@ A result row, as scripts/compare.py writes and keeps it:
      20.4, "perplexity": {"wikitext2": {"value": 30.1, "error": 0.4, "level": False}}, "tasks": {"piqa": {"score": 0.6,
      "stderr": 0.01}}, "speed": {...} or None, "failed": None or the reason}
 
+Of merge_seeds they have `blocks` and `several` as well, and means over seeds `average`: (mean of the seeds' averages,
+standard deviation).
+
 `ratio` is what was asked for, in percent of the parameters, 0 for the dense model; `level` says that the paired
 difference to the best of its ratio is within two standard errors.
 """
@@ -18,10 +21,10 @@ from typing import NamedTuple
 from lib.tasks import TITLES
 
 LEGEND = (
-    "Best of each ratio in bold. Perplexity: ± is the standard error of the paired difference to the dense model over "
-    "windows (for the dense model, of its own mean), in units of perplexity; ≈ marks what is within two paired "
-    "standard errors of the best. Accuracy in percent, ± as the harness gives it. Over several seeds: mean ± standard "
-    "deviation."
+    "Best of each ratio in bold, means over seeds apart. Perplexity: ± is the standard error of the paired difference "
+    "to the dense model over windows (for the dense model, of its own mean), in units of perplexity; ≈ marks what is "
+    "within two paired standard errors of the best. Accuracy in percent, ± as the harness gives it. Over several "
+    "seeds: mean ± standard deviation."
 )
 
 
@@ -54,6 +57,7 @@ def merge_seeds(rows):
         good = [row for row in same if not row.get("failed")]
         row = (good or same)[0]
         row = _mean(good) if len(good) > 1 else {**row, "blocks": len(row["removed"])}
+        row["several"] = len(same) > 1
         if good and len(same) > 1:
             reasons = [bad["failed"] for bad in same if bad.get("failed")]
             why = f" of {len(same)} seeds failed: {textwrap.shorten(reasons[0], 60)}" if reasons else " seeds"
@@ -62,8 +66,11 @@ def merge_seeds(rows):
     return merged
 
 
-def average(tasks):
-    """Return (mean score, its standard error or None) of {task: {"score", "stderr"}}, tasks taken as independent."""
+def average(row):
+    """Return (mean score, its standard error or None) of a row's tasks, taken as independent; or its own `average`."""
+    if "average" in row:
+        return row["average"]
+    tasks = row["tasks"]
     scores, errors = [t["score"] for t in tasks.values()], [t.get("stderr") for t in tasks.values()]
     error = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
     return statistics.fmean(scores), error
@@ -85,7 +92,8 @@ def results_table(rows):
         if ratio:
             # perplexities, the lower the better; scores and their average, the higher; speeds are not ranked
             signs = [None, None] + [1] * len(texts) + [-1] * (len(tasks) + bool(tasks)) + [None] * len(speeds)
-            _mark_best([cells for cells in columns if cells], signs)
+            # a mean over seeds is no model of its own: nothing is compared with it window by window
+            _mark_best([c for c, row in zip(columns, group, strict=True) if c and not row["several"]], signs)
         title = f"at least {ratio:g} % removed" if ratio else ""
         lines = [(row["label"], cells or str(row["failed"])) for row, cells in zip(group, columns, strict=True)]
         groups.append((title, lines))
@@ -163,11 +171,14 @@ def _mean(rows):
     row["blocks"] = round(statistics.fmean(len(r["removed"]) for r in rows), 1)
     row["removed_percent"] = statistics.fmean(r["removed_percent"] for r in rows)
     row["perplexity"] = {name: over(r["perplexity"][name]["value"] for r in rows) for name in rows[0]["perplexity"]}
+    shared = [name for name in rows[0]["tasks"] if all(name in r["tasks"] for r in rows)]
     row["tasks"] = {}
-    for name in rows[0]["tasks"]:
-        if all(name in r["tasks"] for r in rows):
-            score = over(r["tasks"][name]["score"] for r in rows)
-            row["tasks"][name] = {"score": score["value"], "stderr": score["error"]}
+    for name in shared:
+        score = over(r["tasks"][name]["score"] for r in rows)
+        row["tasks"][name] = {"score": score["value"], "stderr": score["error"]}
+    if shared:
+        mean = over(statistics.fmean(r["tasks"][name]["score"] for name in shared) for r in rows)
+        row["average"] = mean["value"], mean["error"]
     speeds = [r.get("speed") or {} for r in rows]
     row["speed"] = {name: over(speed[name] for speed in speeds)["value"]
                     for name in speeds[0] if all(name in speed for speed in speeds)}  # fmt: skip
@@ -182,7 +193,7 @@ def _cells(row, texts, tasks, speeds):
     scores = [row["tasks"].get(name) for name in tasks]
     cells += [_percent(s["score"], s.get("stderr")) if s else Cell("-") for s in scores]
     if tasks:
-        cells.append(_percent(*average(row["tasks"])) if all(scores) else Cell("-"))
+        cells.append(_percent(*average(row)) if all(scores) else Cell("-"))
     return cells + [_number((row.get("speed") or {}).get(name)) for name in speeds]
 
 

@@ -20,15 +20,13 @@ HOST = torch.device("cpu")
 
 
 class Trajectories:
-    """One batch: token ids (B, T), its Stream, and the states kept between iterations.
+    """One batch: its Stream, and the states kept between iterations.
 
-    losses: function of the states (B, T, H) after the last layer; next-token losses when absent.
+    losses: function of the states (B, T, H) after the last layer to token losses (B, n).
     """
 
-    def __init__(self, decoder, ids, plan, store, losses=None):
-        self.decoder, self.ids, self.plan, self.store = decoder, ids, plan, store
-        self.losses = losses or (lambda h: decoder.token_losses(h, ids))
-        self.stream = decoder.embed(ids)
+    def __init__(self, decoder, stream, plan, store, losses):
+        self.decoder, self.stream, self.plan, self.store, self.losses = decoder, stream, plan, store, losses
         self.kept = {}  # block, or None for the base model -> {layer: the state entering it}
 
     def token_losses(self, candidates, removed):
@@ -103,24 +101,21 @@ class Plan:
 
     def __init__(self, blocks, n_layers, state_bytes, budget):
         """blocks: candidates; state_bytes: one state of all windows; budget: bytes for all that is kept."""
-        self.base, self.boundaries, self.bytes = False, frozenset(), 0
-        if budget < state_bytes * n_layers:
-            return
-        self.base, self.bytes = True, state_bytes * n_layers
-        chosen = set()
+        self.bytes, chosen = 0, set()  # what saves the most layers a byte comes first; 0 stands for the base
         while True:
             options = []
-            for c in set(range(1, n_layers)) - chosen:
-                cost = state_bytes * sum(block.layer < c for block in blocks)
+            for c in set(range(n_layers)) - chosen:
+                cost = state_bytes * (sum(block.layer < c for block in blocks) if c else n_layers)
                 if cost and self.bytes + cost <= budget:
                     gain = _recomputed(chosen, n_layers) - _recomputed(chosen | {c}, n_layers)
+                    gain = gain * len(blocks) / n_layers if c else n_layers * (n_layers - 1) / 2
                     options.append((gain / cost, c, cost))
             if not options:
                 break
             _, c, cost = max(options)
             chosen.add(c)
             self.bytes += cost
-        self.boundaries = frozenset(chosen)
+        self.base, self.boundaries = 0 in chosen, frozenset(chosen - {0})
 
 
 def _recomputed(boundaries, n_layers):
@@ -189,9 +184,13 @@ def rooms(devices, cache_bytes=None):
 
 
 def free_bytes(device):
-    """Return (bytes free on the device, host bytes available for spilling, 0 where the device is the host)."""
+    """Return (bytes free on the device, host bytes available for spilling, 0 where the device is the host).
+
+    What torch has reserved on a GPU and nothing uses counts as free.
+    """
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], _free_on_host()
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused, _free_on_host()
     return _free_on_host(), 0
 
 

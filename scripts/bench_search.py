@@ -46,6 +46,7 @@ def parse_args(argv=None):
     parser.add_argument("--race-batch-size", type=flags.positive, default=1, help="windows per decision of the race")
     parser.add_argument("--output-path", help="result file (.json)", default=None)
     args = parser.parse_args(argv)
+    args.engines = list(dict.fromkeys(args.engines))
     if bool(args.model_path) == bool(args.random_config):
         parser.error("give either --model-path or --random-config")
     return parser, args
@@ -53,11 +54,14 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
+    import torch
+
     from lib.blocks import Decoder
     from lib.evaluate import window_losses
     from lib.measure import device_name
     from lib.model import check_device, default_device, parameter_count
     from lib.orders import to_json, write_json
+    from lib.search import NoFiniteCandidate
 
     args.device = args.device or default_device()
     with parser.user_errors():
@@ -73,13 +77,19 @@ def main(argv=None):
     print(f"text     {len(windows)} windows of {windows.shape[1]} = {windows.numel():,} tokens, K = {K}", flush=True)
 
     if args.cache_gb is None:
-        from lib.trajectories import DEVICE_SHARE, free_bytes
+        from lib.trajectories import rooms
 
         keeping = sum(name != "exhaustive" for name in args.engines)
-        args.cache_gb = DEVICE_SHARE * free_bytes(decoder.input_device)[0] / max(1, keeping) / 2**30
+        args.cache_gb = sum(rooms(decoder.devices).values()) / max(1, keeping) / 2**30
     for batch_size in {args.ppl_eval_batch_size, args.race_batch_size}:
         window_losses(decoder, windows[:batch_size], batch_size)
-    rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
+    try:
+        rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
+    except NoFiniteCandidate as error:
+        parser.error(f"{error}; try --compute-dtype fp32")
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full; take a smaller --cache-gb, a smaller --ppl-eval-batch-size, or fewer "
+                     "--engines at a time")  # fmt: skip
     n, total = len(blocks), len(decoder.blocks())
     results = {name: summarise(name, args, [r[name] for r in rounds], n, total) for name in args.engines}
     orders = {name: [str(s.block) for s in rounds[0][name]] for name in args.engines}
@@ -214,11 +224,18 @@ def formula_ratio(order, blocks, decoder):
 
 
 def block_flops(decoder, T):
-    """Return forward FLOPs of one window: {"mha", "mlp", "head"}: 2 per weight and token, causal attention scores."""
+    """Return forward FLOPs of one window: {"mha", "mlp", "head"}: 2 per weight and token, causal attention scores.
+
+    Of experts those count that a token goes through.
+    """
     from lib.blocks import Block
 
     L, config = decoder.n_layers, decoder.model.config
     flops = {kind: sum(decoder.block_parameters([Block(kind, i)]) for i in range(L)) / L for kind in ("mha", "mlp")}
+    experts = sum(p.numel() for name, p in decoder.layers.named_parameters() if ".experts." in name) / L
+    if experts:
+        n = getattr(config, "num_local_experts", None) or config.num_experts
+        flops["mlp"] -= experts * (1 - config.num_experts_per_tok / n)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
     head = config.vocab_size * config.hidden_size
@@ -232,12 +249,14 @@ def random_model(args):
 
     from lib.model import DTYPES
 
-    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[args.random_config]
-    s = args.scale
+    shape, s = SHAPES[args.random_config], args.scale
+    hidden, intermediate, layers, heads, kv_heads, vocab = (n if k == 2 else n // s for k, n in enumerate(shape))
+    heads, kv_heads = max(1, heads), max(1, kv_heads)
+    if hidden < 2 or hidden % (2 * heads) or heads % kv_heads:
+        raise ValueError(f"--scale {s}: {shape[0]} dimensions and {shape[3]} heads do not divide so; use 2, 4, 8 or 16")
     config = LlamaConfig(
-        hidden_size=hidden // s, intermediate_size=intermediate // s, num_hidden_layers=layers,
-        num_attention_heads=max(1, heads // s), num_key_value_heads=max(1, kv_heads // s), vocab_size=vocab // s,
-        max_position_embeddings=max(4096, args.ppl_eval_seqlen),
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=max(4096, args.ppl_eval_seqlen),
     )  # fmt: skip
     flags.check_seqlen(config, args.ppl_eval_seqlen)
     torch.manual_seed(args.seed)

@@ -199,7 +199,7 @@ def merge(bench, job):
     compared on the first LACO_WINDOWS windows of the calibration text.
     """
     from lib import candidates, laco
-    from lib.blocks import blocks_of
+    from lib.blocks import Block, blocks_of
 
     args, decoder = bench.args, bench.decoder
     laco.check_mergeable(decoder)
@@ -217,10 +217,12 @@ def merge(bench, job):
             reason = error
     else:
         raise reason
-    for place, similarity in found.merges:
+    left, gone = list(range(decoder.n_layers)), []
+    for place, similarity in found.merges:  # places are those among the layers left
         Printer(job).write(f"layers {place}..{place + C - 1} of what was there merged, similarity {similarity:.4f}")
-    with laco.applied(decoder, found.layers) as gone:
-        removed = [str(block) for block in blocks_of(gone)]
+        gone += left[place + 1 : place + C]
+        del left[place + 1 : place + C]
+    removed = [str(block) for block in blocks_of(Block("layer", i) for i in gone)]
     how = {"merge_layers": C, "threshold": found.threshold, "merges": found.merges}
     return {"removed": removed, "order_file": None, "merged": found.layers, "laco": how}
 
@@ -264,7 +266,8 @@ def calibration_perplexity(bench):
 def search_flags(bench, job):
     """Return the command line of block_search.py that writes a cell's order."""
     args = bench.args
-    folder = bench.folder / "orders" / digest(cell_settings(bench)) / job.method
+    spelled = [args.cal_dataset, args.cal_split, args.text_column]  # order files hold them, so each has its own
+    folder = bench.folder / "orders" / digest([cell_settings(bench), spelled]) / job.method
     words = ["--model-path", args.model_path, "--device", args.device, "--compute-dtype", args.compute_dtype,
              "--cal-dataset", args.cal_dataset, "--cal-nsamples", args.cal_nsamples,
              "--ppl-eval-seqlen", args.ppl_eval_seqlen, "--ppl-eval-batch-size", args.ppl_eval_batch_size,

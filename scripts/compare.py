@@ -104,8 +104,7 @@ def main(argv=None):
         finish(bench, summary, losses)
         print(f"{k:4d}/{len(jobs)}  {told(job, row, new)}", flush=True)
     summary["seconds"] = time.perf_counter() - start
-    markdown, page = write_tables(bench, summary)
-    print(f"\n{markdown}")
+    page = write_tables(bench, summary)
     failed = sum(bool(row["failed"] or row["incomplete"]) for row in summary["rows"])
     print(to_json({
         "result": str(bench.folder / "compare.json"), "page": page and str(page), "cells": len(jobs), "failed": failed,
@@ -163,7 +162,7 @@ def read_texts(args, tokenizer):
         column = args.text_column if dataset == args.cal_dataset else None
         other = data.load_documents(dataset, None, column, args.data_dir, held_out=True)
         documents, left_out = other.documents, None
-        if (other.source, other.split) == (corpus.source, corpus.split):
+        if origin(other) == origin(corpus):
             seen = set(drawn)
             documents = [document for document in other.documents if document not in seen]
             left_out = len(other.documents) - len(documents)
@@ -175,6 +174,12 @@ def read_texts(args, tokenizer):
         texts.append(cut(args, name, other, documents, tokenizer, args.limit.get(name, args.limit.get(None))))
         texts[-1].about["left_out"] = left_out
     return corpus, calibration, texts
+
+
+def origin(corpus):
+    """Return what is the same for the same documents: a file, however its path is spelled, or (data set, split)."""
+    path = Path(corpus.source)
+    return path.resolve() if path.is_file() else (corpus.source, corpus.split)
 
 
 def cut(args, name, corpus, documents, tokenizer, limit):
@@ -254,7 +259,8 @@ def describe(bench):
             reduced.append(f"FEW WINDOWS: {name} is {len(text.windows)} windows of {text.windows.shape[1]} tokens")
     return {
         "kind": "compare", "model": args.model_path, "layers": bench.decoder.n_layers, "parameters": bench.parameters,
-        "reduced": reduced, "settings": settings, "texts": {text.name: text.about for text in bench.texts},
+        "weights": bench.weights, "reduced": reduced, "settings": settings,
+        "texts": {text.name: text.about for text in bench.texts},
         "versions": flags.versions(), "rows": [],
     }  # fmt: skip
 
@@ -293,7 +299,7 @@ def told(job, row, new):
 
 
 def write_tables(bench, summary):
-    """Write table.md, table.tex and the page; return (the Markdown, path of the page or None)."""
+    """Write and print the table, then draw the page; return the page's path, None where it cannot be drawn."""
     from lib import tables
     from lib.orders import write_file, write_json
     from scripts.report import write_report
@@ -304,12 +310,11 @@ def write_tables(bench, summary):
     write_file(bench.folder / "table.md", ("".join(f"    {line}\n" for line in lines) + "\n" + markdown).encode())
     comments = "".join(f"% {line}\n" for line in [*lines, tables.LEGEND])
     write_file(bench.folder / "table.tex", (comments + tables.latex(table)).encode())
+    print(f"\n{markdown}")
     try:
-        page, _, _ = write_report([bench.folder / "compare.json"], bench.folder)
+        return write_report([bench.folder / "compare.json"], bench.folder)[0]
     except ImportError:
         print("note          no page: pip install matplotlib", file=sys.stderr)
-        page = None
-    return markdown, page
 
 
 if __name__ == "__main__":

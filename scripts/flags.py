@@ -92,13 +92,13 @@ def count(text):
 
 
 def size(text):
-    """argparse type: a finite number from 0."""
+    """argparse type: a number from 0 to 1e9."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    if not 0 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1e9")
     return value
 
 

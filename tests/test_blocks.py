@@ -1,6 +1,8 @@
 """Masking, removing and stepping, for every family, against models whose output projections are zeroed by hand."""
 import copy
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -165,3 +167,31 @@ def test_stepping_through_accelerates_hooks_gives_the_same_numbers(tmp_path):
             h = decoder.run(i, KINDS[i % 2 :], h, stream)
         results.append(decoder.token_losses(h, IDS))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon-rw"])
+def test_batches_share_masks_and_rotations_and_compute_the_same(name):
+    ids, other, short = IDS[:, :12], IDS[:, 12:], IDS[:1, :12]
+    decoder, alone = Decoder(toy(name)), Decoder(toy(name))
+    first, second = decoder.embed(ids), decoder.embed(other)
+    given = [tensors_of(stream.calls) for stream in (first, second)]
+    assert len(given[0]) == len(given[1]) > 0
+    assert all(a is b for a, b in zip(*given, strict=True))
+    apart = alone.embed(other)
+    h, expected = second.h, apart.h
+    for i in range(decoder.n_layers):
+        h, expected = decoder.run(i, KINDS, h, second), alone.run(i, KINDS, expected, apart)
+        assert torch.equal(h, expected)
+    shorter, expected = decoder.embed(short), alone.embed(short)
+    assert torch.equal(decoder.run(0, KINDS, shorter.h, shorter), alone.run(0, KINDS, expected.h, expected))
+    held = [weakref.ref(tensor) for tensor in given[0]]
+    del first, second, given, shorter
+    gc.collect()
+    assert not any(reference() is not None for reference in held), "nobody else keeps them"
+
+
+def tensors_of(calls):
+    if isinstance(calls, torch.Tensor):
+        return [calls]
+    items = calls.values() if isinstance(calls, dict) else calls if isinstance(calls, (list, tuple)) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]

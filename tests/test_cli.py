@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from command_line import SMALL, flags, scores, shell, start, tree, write_gguf
+from command_line import SMALL, assert_refused, flags, scores, shell, start, tree, write_gguf
 from safetensors.torch import load_file, save_file
 
 import block_search
@@ -173,6 +173,13 @@ def test_a_race_says_so_sees_a_window_at_a_time_and_is_continued(search, tmp_pat
     assert scores(exact["order_file"])[1][0][str(order[0])] == meta["steps"][0]["perplexity"], "the winner saw all"
 
 
+def test_a_model_that_was_spread_over_gpus_and_host_is_to_be_offloaded(search, monkeypatch):
+    from lib.blocks import Decoder
+
+    monkeypatch.setattr(Decoder, "offloaded", True)
+    assert_refused(search(del_block_num=1), "the GPUs cannot hold the model", "--offload")
+
+
 def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path):
     from lib import search as engines
 
@@ -181,11 +188,22 @@ def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path)
         yield next(steps)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
+    def never(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    whole = tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.evaluate.window_losses", never)
+        run = search(del_block_num=3)
+    assert run.code == 1 and "step 1: the GPU's memory is full; take a smaller --cache-gb" in run.err, run
     monkeypatch.setitem(engines.ENGINES, "cached", full)
     run = search(del_block_num=3)
     assert run.code == 1 and "step 2: the GPU's memory is full; the 1 removals before it" in run.err, run
     monkeypatch.undo()
-    assert "resuming      1 removals" in search(del_block_num=3).out
+    run = search(del_block_num=3, offload=True)  # the way that the message shows
+    assert "resuming      1 removals" in run.out and read_order(run.result["order_file"])[1]["engine"] == "streamed"
+    straight = search(del_block_num=3, ppl_search_path=whole)
+    assert scores(run.result["order_file"]) == scores(straight.result["order_file"])
 
 
 # ---- resuming ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import assert_refused, flags, tree, write_gguf
-from families import TOYS, toy
+from families import TOYS, V, toy
 
 from lib import measure
 from lib.blocks import Block, Decoder
@@ -389,3 +389,39 @@ def test_search_benchmark_claims_only_what_it_compared(call, toy_folder, text):
     assert_refused(call(bench_search.main, *flags(**given | {"ppl_eval_seqlen": 1})), "--ppl-eval-seqlen 1", "2 tokens")
     run = call(bench_search.main, *flags(random_config="llama2-7b", scale=64, ppl_eval_seqlen=1))
     assert_refused(run, "--ppl-eval-seqlen 1", "2 tokens")
+    for scale in (3, 8192):
+        assert_refused(call(bench_search.main, *flags(random_config="llama2-7b", scale=scale)), f"--scale {scale}")
+
+
+def test_search_benchmark_runs_an_engine_once_and_ends_in_one_line(call, toy_folder, text, monkeypatch):
+    from lib import search
+
+    given = flags(model_path=toy_folder(), cal_dataset=text, device="cpu", compute_dtype="fp32", ppl_eval_seqlen=32,
+                  del_block_num=2)  # fmt: skip
+    run = call(bench_search.main, *given, "--engines", "cached", "cached")
+    assert list(run.result["engines"]) == ["cached"] and run.result["engines"]["cached"]["steps_timed"] == 2
+    for error, says in ((search.NoFiniteCandidate({}), "try --compute-dtype fp32"),
+                        (torch.OutOfMemoryError("CUDA"), "--cache-gb")):  # fmt: skip
+
+        def failing(*args, error=error, **kwargs):
+            raise error
+            yield
+
+        monkeypatch.setitem(search.ENGINES, "cached", failing)
+        run = call(bench_search.main, *given, "--engines", "cached")
+        assert run.code == 2 and says in run.err and run.err.count("\n") == 1, run
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3-moe"])
+def test_flops_of_an_mlp_are_those_that_torch_counts(name):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    decoder, T = Decoder(toy(name)), 32
+    if name != "llama":
+        decoder.model.set_experts_implementation("eager")  # what it is made of otherwise is not counted
+    stream = decoder.embed(torch.arange(T)[None] % V)
+    with FlopCounterMode(display=False) as counter:
+        for i in range(decoder.n_layers):
+            decoder.run(i, ("mlp",), stream.h, stream)
+    counted = counter.get_total_flops() / decoder.n_layers
+    assert bench_search.block_flops(decoder, T)["mlp"] == pytest.approx(counted, rel=0.02), "norms are the rest"

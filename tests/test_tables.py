@@ -56,6 +56,10 @@ def test_seeds_become_a_mean_and_a_standard_deviation():
     assert (text["value"], text["error"]) == (pytest.approx(40 / 3), pytest.approx(statistics.stdev(values)))
     assert (piqa["score"], piqa["stderr"]) == (pytest.approx(0.5), pytest.approx(0.1))
     failed = [row("random", 10, 10.0, seed=0), row("random", 10, 1.0, seed=1, perplexity={}, failed="why")]
+    lines = tables.markdown(tables.results_table([row("x", 10, 20.0, 0.3), *rows[:3]])).splitlines()
+    assert lines[-2].count("**") == 8, "the one model is best, though the draws' means are better"
+    # each draw's average counts, so what tasks gain and lose together in a draw is in the deviation
+    assert lines[-1] == "| random (3 seeds) | 0 | 10.40 | 13.33 ± 3.51 | 50.00 ± 10.00 | 50.00 ± 0.00 | 50.00 ± 5.00 |"
     (one,) = tables.merge_seeds(failed)
     assert one["label"] == "random (1 of 2 seeds failed: why)" and one["perplexity"]["text"]["error"] == 0.125
     (two,) = tables.merge_seeds([*failed, row("random", 10, 12.0, seed=2)])
