@@ -115,9 +115,10 @@ def main(argv=None):
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code, args.offload)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
-        if decoder.offloaded and not args.offload:
+        if decoder.offloaded and args.metric in GREEDY and not args.offload:
             raise ValueError(f"--device {args.device}: the GPUs cannot hold the model, and layers in the host's memory "
-                             "would be moved for every candidate; pass --offload, which moves each once for all")
+                             "would be moved for every candidate; pass --offload, which moves each once for all (from "
+                             "a folder, not a .gguf)")  # fmt: skip
         if args.metric in ("magnitude", "taylor"):
             check_weights(decoder, plan.units, f"--metric {args.metric}", inside=args.metric == "taylor")
     blocks, evaluations = len(plan.units) * plan.size, count_evaluations(args, plan, len(order))
@@ -134,7 +135,7 @@ def main(argv=None):
         print(f"resuming      {len(order)} removals are done: {' '.join(map(str, order))}")
 
     start = time.perf_counter()
-    with full_gpu_told(path, order):
+    with full_gpu_told(args, path, order):
         dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     seconds = time.perf_counter() - start
     print(f"dense         perplexity {dense:.4f}, one evaluation takes {seconds:.2f} s")
@@ -154,7 +155,7 @@ def main(argv=None):
     meta["dense_perplexity"] = dense
 
     before = len(order)
-    with full_gpu_told(path, order), progress(evaluations * len(windows)) as bar:
+    with full_gpu_told(args, path, order, searching=True), progress(evaluations * len(windows)) as bar:
         try:
             extend(args, plan, decoder, windows, path, order, meta, bar)
         except NoFiniteCandidate as error:
@@ -168,16 +169,22 @@ def main(argv=None):
 
 
 @contextlib.contextmanager
-def full_gpu_told(path, order):
+def full_gpu_told(args, path, order, searching=False):
     """Within this context a full GPU ends the program with one line, which says how to go on."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError:
-        way = f"the {len(order)} removals before it are in {path} and are continued with" if order else "take"
-        sys.exit(f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full; {way} a smaller --cache-gb "
-                 "or --offload; a smaller --ppl-eval-batch-size needs less, too, and starts anew")  # fmt: skip
+        greedy = searching and args.metric in GREEDY
+        kept = len(order) if greedy else 0  # what is judged at once is kept at its end
+        exact = args.search in ("cached", "exhaustive") and args.metric != "taylor"
+        ways = ["a smaller --cache-gb"] * (greedy and args.search != "exhaustive")
+        ways += ["--offload"] * (exact and not args.model_path.endswith(".gguf"))
+        ways.append("a smaller --ppl-eval-batch-size" + (" (which starts anew, with --overwrite)" if kept else ""))
+        where = f"; the {kept} removals before it are in {path} and are continued" if kept else ""
+        sys.exit(f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full{where}; less is needed with "
+                 f"{', or '.join(ways)}")  # fmt: skip
 
 
 def extend(args, plan, decoder, windows, path, order, meta, bar):
@@ -353,7 +360,10 @@ def resume(path, meta, overwrite):
         return [], meta
     order, old = read_order(path)
     there = BEFORE | {"weights": meta["weights"]} | old  # files of before do not tell the weights
-    differ = [f"{key} {there.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS if there.get(key) != meta[key]]
+    same = {"model"} if old.get("weights") == meta["weights"] != "not cached" else set()  # however it is spelled
+    same |= {"dataset", "split", "text_column"} if old.get("text_sha256") == meta["text_sha256"] else set()
+    differ = [f"{key} {there.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS
+              if key not in same and there.get(key) != meta[key]]  # fmt: skip
     if differ:
         what = f"with other settings ({'; '.join(differ)})" if old else "and does not say how it was searched"
         raise ValueError(f"{path}: exists {what}; pass --overwrite to replace it, or give another --ppl-search-path")

@@ -266,8 +266,7 @@ def calibration_perplexity(bench):
 def search_flags(bench, job):
     """Return the command line of block_search.py that writes a cell's order."""
     args = bench.args
-    spelled = [args.cal_dataset, args.cal_split, args.text_column]  # order files hold them, so each has its own
-    folder = bench.folder / "orders" / digest([cell_settings(bench), spelled]) / job.method
+    folder = bench.folder / "orders" / digest(cell_settings(bench)) / job.method
     words = ["--model-path", args.model_path, "--device", args.device, "--compute-dtype", args.compute_dtype,
              "--cal-dataset", args.cal_dataset, "--cal-nsamples", args.cal_nsamples,
              "--ppl-eval-seqlen", args.ppl_eval_seqlen, "--ppl-eval-batch-size", args.ppl_eval_batch_size,

@@ -148,7 +148,8 @@ def by_model(results):
         name = names[paths[str(result.model)]] if result.model else None
         models.setdefault(name, []).append(result)
         for what, value in sizes_of(result).items():
-            path, before = sizes.setdefault((name, what), (result.path, value))
+            spelled = Path(str(result.model)).name if what == "weights" else ""  # the name of a file is part of it
+            path, before = sizes.setdefault((name, what, spelled), (result.path, value))
             if name and before != value:
                 before, value = (f"{x:,}" if isinstance(x, int) else x for x in (before, value))
                 raise ValueError(

