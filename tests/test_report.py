@@ -356,6 +356,15 @@ def test_models_that_share_a_name_but_not_a_path_stand_apart(files, drawn, tmp_p
     assert {title.split(":")[0] for title in re.findall("<h2>(.*?)</h2>", text)} == {"run1/final", "run2/final"}
 
 
+def test_a_gguf_under_two_names_is_one_model(drawn, tmp_path):
+    (tmp_path / "model.gguf").write_text("")
+    (tmp_path / "link.gguf").symlink_to("model.gguf")
+    for name in ("model", "link"):  # its fingerprint holds its name
+        save_order(tmp_path / f"{name}.json", *searched(model=str(tmp_path / f"{name}.gguf"), weights=name * 4))
+    _, text, _ = drawn(tmp_path / "model.json", tmp_path / "link.json")
+    assert "Results of 2 models" not in text
+
+
 def test_two_comparisons_of_a_model_are_not_blended(drawn, tmp_path):
     paths = []
     for folder, worse in (("cal8", 0.0), ("cal64", 5.0)):
