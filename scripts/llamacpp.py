@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 
 LOUD = 4  # verbosity at which llama.cpp prints the size of its caches
 
@@ -45,8 +46,11 @@ class Server:
         return self
 
     def __exit__(self, *exception):
-        with _stderr():
+        with _stderr() as log:
             del self._server
+            end = time.monotonic() + 2
+            while "main loop exited" not in log() and time.monotonic() < end:
+                time.sleep(0.01)  # a thread of llama.cpp's writes the log, and may be behind
 
     def logprobs(self, ids, vocab_size):
         """Return the log-probabilities (vocab_size,) of the token after `ids`, float32, on the CPU.
