@@ -173,6 +173,8 @@ def curves(panels, methods, percent=False):
     rows = -(-len(panels) // columns)
     figure, axes = _figure(4.8 * columns + 2, max(4.2 * rows, 0.2 * len(shown) + 0.4), rows, columns)
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        values = [p.value for points in lines.values() for p in points if p.value > 0]
+        highest = math.inf if percent else OFF_SCALE * min(values, default=1)
         for name, points in lines.items():
             if name == "dense":
                 for point in points[:1]:
@@ -182,18 +184,17 @@ def curves(panels, methods, percent=False):
                                   va="bottom" if percent else "top", color="#555555")  # fmt: skip
                 continue
             k = methods.index(name)
+            errors = [p.error or 0 if p.value <= highest else 0 for p in points]  # nor bars that come from beyond it
             axis.errorbar(
-                [p.removed for p in points], [p.value for p in points], [p.error or 0 for p in points],
-                label=_literal(name),
+                [p.removed for p in points], [p.value for p in points], errors, label=_literal(name),
                 color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)],
                 linestyle=LINES[k // len(COLOURS) % len(LINES)], linewidth=1.4, markersize=5, capsize=2.5,
             )  # fmt: skip
-        values = [p.value for points in lines.values() for p in points if p.value > 0]
         if not percent and values and max(values) > LOG_FROM * min(values):
             axis.set_yscale("log")
             _plain_numbers(axis.yaxis)
-            if max(values) > OFF_SCALE * min(values):
-                axis.set_ylim(min(values) / 1.3, OFF_SCALE * min(values))
+            if max(values) > highest:
+                axis.set_ylim(min(values) / 1.3, highest)
         axis.set_title(_literal(title), fontsize=10)
         axis.set_xlabel("parameters removed, %")
         axis.set_xlim(left=-0.03 * axis.get_xlim()[1])

@@ -168,8 +168,11 @@ def test_curves_draw_every_point_with_its_error():
     colours = [{c.get_label(): c.lines[0].get_color() for c in axis.containers} for axis in (text, other)]
     assert colours[0] == colours[1] == {"a": report.COLOURS[1], "b": report.COLOURS[2]}, "of its place among all"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["a", "b"]
-    wrecked = {"a": [P(0, 2), P(1, 90)], "b": [P(0, 2), P(1, 5e6)]}
-    assert report.curves({"x": wrecked}, ["a", "b"]).axes[0].get_ylim()[1] == 200, "else the line of a would look flat"
+    wrecked = {"a": [P(0, 2), P(1, 90, 3)], "b": [P(0, 2), P(1, 5e6, 6e6)]}
+    (axis,) = report.curves({"x": wrecked}, ["a", "b"]).axes
+    assert axis.get_ylim()[1] == 200, "else the line of a would look flat"
+    bars = {c.get_label(): c.lines[2][0].get_segments()[1].tolist() for c in axis.containers}
+    assert bars == {"a": [[1, 87], [1, 93]], "b": [[1, 5e6], [1, 5e6]]}, "b's would cross the picture"
     assert report.curves({"x": {"a": [P(0, 1), P(1, 90)]}}, ["a"], percent=True).axes[0].get_yscale() == "linear"
 
 
