@@ -16,19 +16,19 @@ Methods that remove whole layers name one as Block("layer", i): both its branche
 """
 import contextlib
 import inspect
-import weakref
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from lib.losses import cross_entropy, divergence
 from lib.orders import KINDS, Block
+from lib.repeated import Repeated
 
 UNITS = (*KINDS, "layer")  # what can be masked and removed as one
 HEAD_TOKENS = 512  # tokens per head call on a CPU: full logits of a batch never exist at once
 HEAD_LOGITS = 2**26  # logits per head call on a GPU, where short calls wait for Python more than they compute
-CACHED_LOGITS = 2**18  # logits that the losses are taken from at once on a CPU: 1 MiB, half of a core's cache
 
 
 def blocks_of(units):
@@ -121,7 +121,7 @@ class Decoder:
         self.removed = set()
         self.counts = Counter()
         self._parts = [_find_parts(layer, self.family) for layer in self.layers]
-        self._given = []  # weak references to what the layers were last given
+        self._repeated = Repeated()
         self.split = self._prove()
 
     @property
@@ -164,24 +164,7 @@ class Decoder:
 
         with self._layers_replaced(catch):
             self.model.base_model(input_ids=ids.to(self.input_device), use_cache=False)
-        return Stream(first[0], self._shared(calls))
-
-    def _shared(self, calls):
-        """Return `calls` with the tensors of the last ones where they are equal: batches share masks and rotations.
-
-        A mask is up to (B, heads, T, T), and a text has many batches.
-        """
-        before = [tensor for reference in self._given if (tensor := reference()) is not None]
-        known = {}  # most layers are given the same tensors
-
-        def shared(tensor):
-            if id(tensor) not in known:
-                known[id(tensor)] = next((old for old in before if _identical(tensor, old)), tensor)
-            return known[id(tensor)]
-
-        calls = _with_tensors(calls, shared)
-        self._given = [weakref.ref(tensor) for tensor in known.values()]
-        return calls
+        return Stream(first[0], self._repeated.in_place(calls))
 
     @torch.inference_mode()
     def run(self, i, kinds, h, stream):
@@ -235,7 +218,7 @@ class Decoder:
         slices = self._head_slices(h[:, :-1], T)
         targets = ids[:, 1:].flatten().split([x.shape[:2].numel() for x in slices])
         with self._only_head() as head:
-            losses = [_cross_entropy(head(x), some) for x, some in zip(slices, targets, strict=True)]
+            losses = [cross_entropy(head(x), some) for x, some in zip(slices, targets, strict=True)]
         return torch.cat(losses).view(B, T - 1).cpu()
 
     @torch.inference_mode()
@@ -248,7 +231,7 @@ class Decoder:
         self.counts["head"] += 2 * B
         pairs = zip(self._head_slices(h, T), self._head_slices(dense, T), strict=True)
         with self._only_head() as head:
-            losses = [_divergence(head(y), head(x)) for x, y in pairs]
+            losses = [divergence(head(y), head(x)) for x, y in pairs]
         return torch.cat(losses).view(B, T).cpu()
 
     @property
@@ -490,40 +473,3 @@ def _same(a, b):
     """Whether two tensors are equal, NaN to NaN: a broken model is the search's to report, not the proof's."""
     b = b.to(a.device)  # a layer's output may be on another GPU than its input
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _identical(a, b):
-    """Whether two tensors can stand for each other, layout and device included."""
-    alike = (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
-    return alike and torch.equal(a, b)
-
-
-def _with_tensors(value, change):
-    """Return nested lists, tuples and dicts with change(tensor) for each tensor."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, change) for key, item in value.items()}
-    return type(value)(_with_tensors(item, change) for item in value) if type(value) in (list, tuple) else value
-
-
-def _divergence(logits, others):
-    """Return KL(p || q) of each row (n,), p and q the softmax of logits and others (n, V); float32 or better."""
-    logits, others = (x if x.dtype == torch.float64 else x.float() for x in (logits, others))
-    p, q = logits.log_softmax(-1), others.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def _cross_entropy(logits, targets):
-    """Return token losses (n,), computed in float32 or better from logits (n, V) of any float dtype.
-
-    On a CPU a few rows at a time: logsumexp reads its input three times and makes a copy, which stay in
-    the cache then. A float32 copy of all logits is never made.
-    """
-    targets = targets.to(logits.device).unsqueeze(-1)
-    rows = len(logits) if logits.is_cuda else max(1, CACHED_LOGITS // logits.shape[1])
-    losses = []
-    for some, target in zip(logits.split(rows), targets.split(rows), strict=True):
-        some = some if some.dtype == torch.float64 else some.float()
-        losses.append(some.logsumexp(-1) - some.gather(-1, target).squeeze(-1))
-    return torch.cat(losses)

@@ -157,9 +157,9 @@ def curves(panels, methods, percent=False):
     """Return one panel a measure, {title: {method: list of Point}}: the measure against the parameters removed.
 
     methods: all that any picture of these results shows, for a method's colour, marker and line are those of its place
-    among them. The legend follows the first panel's right ends from
-    the top; the method called "dense" is a horizontal line. percent: higher is better, on a linear scale;
-    else the scale is logarithmic where values spread, and ends at OFF_SCALE times the lowest.
+    among them. The legend follows the first panel's right ends from the top; the method called "dense" is a horizontal
+    line. percent: higher is better, on a linear scale; else the scale is logarithmic where values spread, and ends at
+    OFF_SCALE times the lowest.
     """
     panels = {
         title: {
