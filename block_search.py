@@ -207,6 +207,9 @@ def extend(args, plan, decoder, windows, path, order, meta, bar):
                 rest = {"removed_percent": ratio, "block": block}
                 meta["steps"].append({"perplexity": None, "scores": {}, "seconds": 0.0} | rest)
             meta["steps"][-1] = step | rest
+            if step["perplexity"] is None and (args.metric in GREEDY or plan.enough(order)):
+                losses = window_losses(decoder, windows, args.ppl_eval_batch_size, order)
+                meta["steps"][-1]["perplexity"] = perplexity(losses, args.ppl_eval_seqlen)
             if args.metric in GREEDY:
                 orders.save_order(path, order, meta)
             score = f"{args.metric:10s} {step.get('score', step['perplexity']):12.6g}"
@@ -223,9 +226,7 @@ def extend(args, plan, decoder, windows, path, order, meta, bar):
         meta["failed"] = {"error": str(error), "candidates": error.scores}
         orders.save_order(path, order, meta)
         raise
-    if order and meta["steps"][-1]["perplexity"] is None:
-        losses = window_losses(decoder, windows, args.ppl_eval_batch_size, order)
-        meta["steps"][-1]["perplexity"] = perplexity(losses, args.ppl_eval_seqlen)
+    if order and args.metric not in GREEDY:
         orders.save_order(path, order, meta)
 
 

@@ -74,6 +74,7 @@ def load_documents(dataset, split=None, text_column=None, data_dir=None, held_ou
     if wanted not in known.splits:
         raise ValueError(f"--cal-split {wanted}: {dataset} has {', '.join(known.splits)}")
     if dataset == "pydoc":
+        _check_no_column(dataset, text_column or "text")
         return _load_pydoc(wanted)
     if data_dir is not None:
         path, of_split = _find_local(dataset, wanted, data_dir, explicit=split is not None)
@@ -177,13 +178,15 @@ def _read_file(path, column, other_column=None):
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".txt":
-            return _texts(path, [part for part in text.split("\n\n") if part.strip()])
-        records = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
+            records = [part for part in text.split("\n\n") if part.strip()]
+        else:
+            records = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from None
     except (json.JSONDecodeError, RecursionError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
     if isinstance(records, list) and all(isinstance(r, str) for r in records):
+        _check_no_column(path, column)
         return _texts(path, records)
     if not (isinstance(records, list) and all(isinstance(r, dict) for r in records)):
         raise ValueError(f"{path}: must hold records with a text column, or strings")
@@ -233,6 +236,11 @@ def _pick_column(path, names, column, other_column=None):
         if name in names:
             return name
     raise ValueError(f"--text-column {column}: {path} has the columns {', '.join(names)}")
+
+
+def _check_no_column(source, column):
+    if column != "text":
+        raise ValueError(f"--text-column {column}: {source} holds texts without columns; drop --text-column")
 
 
 def _load_hub(dataset, known, split, text_column):

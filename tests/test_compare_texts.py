@@ -28,6 +28,13 @@ def test_another_spelling_of_the_calibration_text_goes_on(comparison, texts, tmp
     assert run.out.count("(kept)") == 2, "the dense model and the first ratio: the windows are the same"
 
 
+def test_another_spelling_of_the_model_goes_on(comparison, model):  # noqa: F811
+    comparison("bi", "0.1")
+    run, summary = comparison("bi", "0.1 0.4", model_path=f"{model.parent}/./{model.name}")
+    assert [row["failed"] for row in summary["rows"]] == [None] * 3
+    assert run.out.count("(kept)") == 2, "the weights are the same"
+
+
 def test_laco_removes_in_the_order_of_its_merges(comparison):  # noqa: F811
     _, summary = comparison("laco", "0.35")
     row = summary["rows"][1]

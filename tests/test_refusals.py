@@ -301,6 +301,13 @@ def test_unknown_text_is_refused(refused, tmp_path, text):
     refused("--data-dir", "alpaca-test", ".jsonl", cal_dataset="alpaca", data_dir=tmp_path)
 
 
+def test_texts_without_columns_take_no_text_column(refused, tmp_path, text):
+    strings = tmp_path / "strings.json"
+    strings.write_text('["a", "b"]')
+    for given in (text, strings, "pydoc"):
+        refused("--text-column body", str(given), "drop --text-column", cal_dataset=given, text_column="body")
+
+
 def test_a_text_column_that_a_local_copy_lacks_is_refused(search, refused, tmp_path):
     rows = [{"sentence": f"number {i} and more words to fill a window of tokens"} for i in range(30)]
     (tmp_path / "ptb-test.jsonl").write_text("\n".join(map(json.dumps, rows)))
