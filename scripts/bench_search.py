@@ -172,15 +172,20 @@ class Timed:
 
 
 def compared(name, steps):
-    """Return whether an engine's order and scores are those of another, exact one; None where none ran beside it."""
+    """Return whether an engine's order and scores are those of another, exact one; None where none ran beside it.
+
+    perplexity_off_percent: how much higher the perplexity is after the last removal that both made.
+    """
     other = next((e for e in ("cached", "exhaustive", "streamed") if e != name and e in steps), None)
     both = list(zip(steps[name], steps.get(other, ()), strict=False))
     if not both:
-        return {"compared_with": None, "removals_compared": 0, "same_order": None, "same_scores": None}
+        return {"compared_with": None, "removals_compared": 0, "same_order": None, "same_scores": None,
+                "perplexity_off_percent": None}  # fmt: skip
     return {
         "compared_with": other, "removals_compared": len(both),
         "same_order": all(a.block == b.block for a, b in both),
         "same_scores": all(a.scores == b.scores for a, b in both),
+        "perplexity_off_percent": 100 * (both[-1][0].perplexity / both[-1][1].perplexity - 1),
     }  # fmt: skip
 
 
@@ -298,7 +303,7 @@ def matrix_peak(args, n=8192):
 
 
 def print_table(results):
-    rows = ["engine seconds speed-up block-forwards fewer head-forwards tokens/s peak-MiB order scores".split()]
+    rows = ["engine seconds speed-up block-forwards fewer head-forwards tokens/s peak-MiB order scores ppl-off".split()]
     for name, r in results.items():
         rows.append([
             name + ("*" if r["scaled_by"] > 1 else ""), f"{r['seconds']:.1f}",
@@ -306,6 +311,7 @@ def print_table(results):
             f"{r['fewer_block_forwards']:.2f}x" if "fewer_block_forwards" in r else "-", f"{r['head_forwards']:,.0f}",
             f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mib']:,.0f}",
             told(r, "same_order", "DIFFERS"), told(r, "same_scores", "differ"),
+            "-" if r["perplexity_off_percent"] is None else f"{r['perplexity_off_percent']:+.3f}%",
         ])  # fmt: skip
     flags.print_aligned(rows)
     if any(r["scaled_by"] > 1 for r in results.values()):
