@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 import block_search
 import eval as evaluation
 from lib.orders import order_path
-from scripts import compare
+from scripts import bench_search, compare
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 ROWS = {  # script: hub id, published pruning ratio in percent, configuration (Baichuan2's tensors have Llama's shapes)
@@ -191,6 +191,32 @@ def test_smollm2_table_compares_methods_on_the_linked_model(checkout, tmp_path):
     assert {"blockpruner", "mha", "mlp", "sleb", "laco", "window_ppl", "random"} <= set(args.methods)
     _, args = compare.parse_args(run("smollm2_table.sh", BLOCKPRUNER_DATA="")[2][-1][2:])
     assert (args.data_dir, args.task_data, args.task_ratios) == (None, None, [0.2])
+
+
+def test_engine_figures_compares_each_engine_and_keeps_what_is_done(checkout, tmp_path):
+    root, run = checkout
+    (tmp_path / "texts").mkdir()
+
+    def measured(*given):
+        code, error, commands = run("engine_figures.sh", *given, BLOCKPRUNER_DATA="texts")
+        assert (code, error) == (0, "")
+        lines = [command[2:] for command in commands if command[:2] == ["-m", "scripts.bench_search"]]
+        return {Path(line[-1]).stem: (line, bench_search.parse_args(line)[1]) for line in lines}
+
+    runs = measured("--race-confidence", "2")
+    args = {name: args for name, (_, args) in runs.items()}
+    assert set(args) == {"toy_of_llama2_7b", "8_documents", "32_documents", "gpu_cached", "gpu_race",
+                         *(f"seed_{k}" for k in range(6))}  # fmt: skip
+    assert {a.race_confidence for a in args.values()} == {2.0} and (root / args["seed_0"].model_path).is_file()
+    assert [args[f"seed_{k}"].seed for k in range(6)] == list(range(6))
+    assert all(args[f"seed_{k}"].engines == ["cached", "race"] for k in range(6))
+    assert {a.data_dir for a in args.values()} == {str(tmp_path / "texts"), None}
+    assert (args["gpu_race"].compute_dtype, args["gpu_race"].device, args["seed_0"].device) == ("bf16", "cuda", None)
+    line = runs["seed_3"][0]
+    (root / "results/engines/seed_3.json").write_text("{}")
+    (root / "results/engines/seed_3.log").write_text(f"python -m scripts.bench_search {' '.join(line[:-2])}\nshown\n")
+    assert set(runs) - set(measured("--race-confidence", "2")) == {"seed_3"}, "what is done is shown again"
+    assert set(measured()) == set(runs), "with other flags it is another comparison"
 
 
 def claim(script):
