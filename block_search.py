@@ -181,7 +181,8 @@ def full_gpu_told(args, path, order, searching=False):
         exact = args.search in ("cached", "exhaustive") and args.metric != "taylor"
         ways = ["a smaller --cache-gb"] * (greedy and args.search != "exhaustive")
         ways += ["--offload"] * (exact and not args.model_path.endswith(".gguf"))
-        ways.append("a smaller --ppl-eval-batch-size" + (" (which starts anew, with --overwrite)" if kept else ""))
+        less = "--ppl-eval-seqlen" if searching and args.metric == "taylor" else "--ppl-eval-batch-size"
+        ways.append(f"a smaller {less}" + (" (which starts anew, with --overwrite)" if kept else ""))
         where = f"; the {kept} removals before it are in {path} and are continued" if kept else ""
         sys.exit(f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full{where}; less is needed with "
                  f"{', or '.join(ways)}")  # fmt: skip

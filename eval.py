@@ -54,7 +54,8 @@ def main(argv=None):
     flags.warn_of_order(args, meta, order)
 
     def measure():
-        losses = window_losses(decoder, windows, args.ppl_eval_batch_size)
+        with parser.full_gpu("a smaller --ppl-eval-batch-size"):
+            losses = window_losses(decoder, windows, args.ppl_eval_batch_size)
         return perplexity(losses, args.ppl_eval_seqlen)
 
     label = "NOT A RESULT, --limit: " + " ".join(f"{k or 'all'}={v}" for k, v in args.limit.items())
@@ -92,9 +93,10 @@ def main(argv=None):
     save()
     for task in args.tasks if args.do_eval else ():
         most = args.limit.get(task, args.limit.get(None))
-        result["tasks"] |= tasks.zero_shot(
-            model, tokenizer, [task], args.batch_size, args.num_fewshot, most, args.task_data
-        )
+        with parser.full_gpu("a smaller --batch-size"):
+            result["tasks"] |= tasks.zero_shot(
+                model, tokenizer, [task], args.batch_size, args.num_fewshot, most, args.task_data
+            )
         save()
     print()
     print_table(result, label)

@@ -216,7 +216,7 @@ class Decoder:
         B, T, _ = h.shape
         self.counts["head"] += B
         slices = self._head_slices(h[:, :-1], T)
-        targets = ids[:, 1:].flatten().split([x.shape[:2].numel() for x in slices])
+        targets = ids[:, 1:].flatten().to(h.device).split([x.shape[:2].numel() for x in slices])
         with self._only_head() as head:
             losses = [cross_entropy(head(x), some) for x, some in zip(slices, targets, strict=True)]
         return torch.cat(losses).view(B, T - 1).cpu()

@@ -22,7 +22,8 @@ def window_losses(decoder, windows, batch_size, masked=()):
     batches, sums, together = windows.split(batch_size), [], 1
     if decoder.offloaded:  # its weights move once for all batches that pass a layer together
         free, _ = free_bytes(decoder.input_device)
-        together = max(1, int(DEVICE_SHARE * free / (2 * decoder.embed(batches[0]).h.nbytes)))  # before a layer, after
+        state = decoder.embed(batches[0]).h.nbytes  # three a batch: the embedded one, before a layer, after it
+        together = max(1, int(DEVICE_SHARE * free / (3 * state)))
     for k in range(0, len(batches), together):
         some = batches[k : k + together]
         states = last_states(decoder, [decoder.embed(ids) for ids in some], masked)

@@ -19,13 +19,16 @@ score every run of n consecutive layers and remove one run. Sources, by name:
 """
 import contextlib
 import math
+from collections import Counter
 
 import torch
 
+from lib.blocks import Block
 from lib.candidates import starts
-from lib.evaluate import OBJECTIVES
+from lib.evaluate import OBJECTIVES, perplexity, window_losses
 from lib.search import NoFiniteCandidate, cached, streamed
 from lib.similarity import similarities
+from lib.trajectories import DEVICE_SHARE, free_bytes
 
 
 def ranked(scores):
@@ -74,8 +77,9 @@ def taylor(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     """Return the sum of abs(w dL/dw) over all parameters that leave with the unit, norms included.
 
     L is the sum over windows of a window's mean next-token loss. A window at a time, whatever the batch size:
-    its activations must fit the device. The units' gradients are summed in host memory, in float32 or
-    better. Raises ValueError where there are no gradients: quantised or offloaded weights.
+    its activations must fit the device. The units' gradients are summed in float32 or better, in host
+    memory where the device has no room for them. Raises ValueError where there are no gradients: quantised or
+    offloaded weights.
     """
     check_weights(decoder, units, "--metric taylor", inside=True)
     parts = {unit: decoder.parameters([unit]) for unit in units}
@@ -92,7 +96,10 @@ def taylor(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
             if progress:
                 progress(len(ids))
         return {
-            unit: sum((p.detach().cpu() * gradients[id(p)]).abs().sum(dtype=torch.float64).item() for p in parts[unit])
+            unit: sum(
+                (p.detach().to(gradients[id(p)].device) * gradients[id(p)]).abs().sum(dtype=torch.float64).item()
+                for p in parts[unit]
+            )
             for unit in units
         }
 
@@ -139,8 +146,19 @@ def window_cos(decoder, n, windows, *, batch_size=8, first=0, last=0, progress=N
 
 
 def window_ppl(decoder, n, windows, *, batch_size=8, first=0, last=0, progress=None):
-    """Return the perplexity without the window's layers; the layers below a window are run once for all of them."""
+    """Return the perplexity without the window's layers; the layers below a window are run once for all of them.
+
+    Not so where layers are offloaded: there a window is one walk through all layers, each moved once.
+    """
     windows_of = starts(decoder.n_layers, n, first, last)
+    if decoder.offloaded:
+        scores = {}
+        for i in windows_of:
+            run = [Block("layer", j) for j in range(i, i + n)]
+            scores[i] = perplexity(window_losses(decoder, windows, batch_size, run), windows.shape[1])
+            if progress:
+                progress(len(windows))
+        return scores
     losses = {i: [] for i in windows_of}
     batches = windows.split(batch_size)
     goal = OBJECTIVES["ppl"](decoder, batches)
@@ -185,15 +203,20 @@ def check_weights(decoder, units, method, inside=False):
 
 @contextlib.contextmanager
 def _gradients(model, parameters):
-    """Within this context a backward pass adds to {id(p): gradient}, in host memory, float32 or better.
-
-    The model is restored.
+    """Within this context a backward pass adds to {id(p): gradient}, float32 or better, and on the device of p where
+    the gradients of all its parameters find room, else in host memory. The model is restored.
     """
+    parameters = list(parameters)
+    dtypes = {id(p): torch.promote_types(p.dtype, torch.float32) for p in parameters}
+    taken = Counter()
+    for p in parameters:
+        taken[p.device] += p.numel() * dtypes[id(p)].itemsize
+    roomy = {device for device, size in taken.items() if size < DEVICE_SHARE * free_bytes(device)[0]}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     sums, hooks = {}, []
 
     def gather(p):
-        sums[id(p)] += p.grad.cpu()
+        sums[id(p)] += p.grad.to(sums[id(p)].device)
         p.grad = None
 
     try:
@@ -201,7 +224,8 @@ def _gradients(model, parameters):
         for p in parameters:
             p.grad = None
             p.requires_grad_(True)
-            sums[id(p)] = torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32))
+            where = p.device if p.device in roomy else "cpu"
+            sums[id(p)] = torch.zeros(p.shape, dtype=dtypes[id(p)], device=where)
             hooks.append(p.register_post_accumulate_grad_hook(gather))
         with torch.enable_grad():
             yield sums

@@ -123,6 +123,11 @@ def check_range(n_layers, merge, lowest, highest, remove=None):
         )
 
 
+def merge_sizes(remove):
+    """Return how many layers a merge can take, of 4, 3 and 2, so that merges remove just `remove`; None: anything."""
+    return [C for C in (4, 3, 2) if remove is None or remove % (C - 1) == 0]
+
+
 def check_mergeable(decoder):
     """Raise ValueError where a decoder's layers are no stack of linear projections of the same shapes."""
     model, name = decoder.model, type(decoder.layers[0]).__name__
@@ -178,7 +183,7 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
     dense = sum(p.numel() for p in model.parameters())
     for layer, tensors in [(layer, _weights(decoder, layer)) for layer in collapsed.layers]:
         for (_, p), tensor in zip(projections(decoder, layer.base), tensors, strict=True):
-            p.data = tensor
+            p.data = tensor.to(p.device)
     for module in model.modules():
         for name, child in list(module.named_children()):
             if child is decoder.layers:
@@ -201,8 +206,10 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
             "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
             "threshold": collapsed.threshold,
         })  # fmt: skip
+        spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # as it was over several GPUs
+        where = "auto" if spread else decoder.input_device
         with quiet():
-            again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype).to(decoder.input_device).eval()
+            again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype, device_map=where).eval()
         with torch.inference_mode():
             found = again(input_ids=ids, use_cache=False).logits[0].float().cpu()
         if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
@@ -241,7 +248,8 @@ def _similarity(decoder, windows, batch_size, progress):
             start = next(k for k, layer in enumerate(layers) if layer.weights != ((k, 1),))
             total = 0.0
             for stream, states in zip(streams, dense, strict=True):
-                before, after = states[-1].double(), _run(decoder, stream, layers[start:], states[start]).double()
+                before, after = states[-1], _run(decoder, stream, layers[start:], states[start])
+                before, after = before.double(), after.to(before.device).double()
                 total += torch.nn.functional.cosine_similarity(before, after, dim=-1, eps=1e-30).sum().item()
             known[layers] = total / windows.numel()
             if progress:
@@ -265,7 +273,7 @@ def _replaced(decoder, layer):
     before = [p.data for p in parameters]
     try:
         for p, tensor in zip(parameters, _weights(decoder, layer), strict=True):
-            p.data = tensor
+            p.data = tensor.to(p.device)  # of several GPUs the layer's own
         yield
     finally:
         for p, tensor in zip(parameters, before, strict=True):

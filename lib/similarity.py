@@ -83,13 +83,13 @@ def similarities(decoder, units, windows, batch_size=8, progress=None):
 
 def _branch(x, y):
     """Return the sums over tokens of cos(x, y) and of ||y - x|| / (||y|| + 1e-6), as a tensor of two."""
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device=x.device)
     for before, after in zip(x.split(TOKENS, 1), y.to(x.device).split(TOKENS, 1), strict=True):
         before, after = before.double(), after.double()
         cos = (_unit(before) * _unit(after)).sum(-1)
         size = (after - before).norm(dim=-1) / (after.norm(dim=-1) + 1e-6)
-        total += torch.stack((cos.sum(), size.sum())).cpu()
-    return total
+        total += torch.stack((cos.sum(), size.sum()))
+    return total.cpu()
 
 
 def _unit(x):

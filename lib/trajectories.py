@@ -135,16 +135,17 @@ class Store:
 
     def __init__(self, rooms):
         self.rooms = Counter(rooms)
+        self.pins = any(torch.device(device).type == "cuda" for device in rooms)  # to ask a tensor makes a CUDA context
 
     def put(self, h, must=False):
         """Return h as it is held from now on; None where there is no room, unless it `must` be held."""
-        if h.nbytes > self.rooms[h.device] and h.is_cuda and _bytes_on_host(h) <= self.rooms[HOST]:
+        if h.nbytes > self.rooms[h.device] and h.is_cuda and self._bytes_on_host(h) <= self.rooms[HOST]:
             try:
                 pinned = torch.empty_like(h, device=HOST, pin_memory=True)  # h's strides, too: other ones, other bits
             except RuntimeError:  # the system pins no more
                 pass
             else:
-                self.rooms[HOST] -= _bytes_on_host(h)
+                self.rooms[HOST] -= self._bytes_on_host(h)
                 return pinned.copy_(h)
         if h.nbytes > self.rooms[h.device] and not must:
             return None
@@ -155,31 +156,32 @@ class Store:
         return held if held.is_cuda else held.to(like.device, non_blocking=True)
 
     def drop(self, held):
-        self.rooms[held.device] += _bytes_on_host(held) if held.device == HOST else held.nbytes
+        self.rooms[held.device] += self._bytes_on_host(held) if held.device == HOST else held.nbytes
 
     def fits(self, states):
         """Return how many lists of states like these there is room for, whichever device makes them."""
         device = min((room for device, room in self.rooms.items() if device != HOST), default=0)
-        return device // sum(h.nbytes for h in states) + self.rooms[HOST] // sum(map(_bytes_on_host, states))
+        return device // sum(h.nbytes for h in states) + self.rooms[HOST] // sum(map(self._bytes_on_host, states))
 
-
-def _bytes_on_host(h):
-    """Return what a state takes in host memory: torch rounds pinned memory up to a power of two."""
-    return 1 << (h.nbytes - 1).bit_length() if h.is_cuda or h.is_pinned() else h.nbytes
+    def _bytes_on_host(self, h):
+        """Return what a state takes in host memory: torch rounds pinned memory up to a power of two."""
+        return 1 << (h.nbytes - 1).bit_length() if h.is_cuda or (self.pins and h.is_pinned()) else h.nbytes
 
 
 def rooms(devices, cache_bytes=None):
     """Return {device: bytes} for the states of a model on `devices`, the host among them.
 
     DEVICE_SHARE of what is free on each, and HOST_SHARE of the host's for what spills from a GPU. cache_bytes bounds
-    their sum instead: spread evenly over the devices up to their shares, and what is left on the host.
+    their sum: spread evenly over the devices up to their shares, and what is left on the host.
     """
     free = {device: free_bytes(device) for device in devices}
     shares = {device: int(DEVICE_SHARE * own) for device, (own, _) in free.items()}
-    spill = int(HOST_SHARE * min(host for _, host in free.values()))
+    on_host = min(host for _, host in free.values())
+    spill = int(HOST_SHARE * on_host)
     if cache_bytes is not None:
         shares = {device: min(share, cache_bytes // len(shares)) for device, share in shares.items()}
-        spill = cache_bytes - sum(shares.values())
+        left = cache_bytes - sum(shares.values())
+        spill = left if HOST in shares else min(left, on_host)  # pinned pages cannot be swapped
     return shares | {HOST: shares.get(HOST, 0) + spill}
 
 

@@ -54,8 +54,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    import torch
-
     from lib.blocks import Decoder
     from lib.evaluate import window_losses
     from lib.measure import device_name
@@ -81,15 +79,13 @@ def main(argv=None):
 
         keeping = sum(name != "exhaustive" for name in args.engines)
         args.cache_gb = sum(rooms(decoder.devices).values()) / max(1, keeping) / 2**30
-    for batch_size in {args.ppl_eval_batch_size, args.race_batch_size}:
-        window_losses(decoder, windows[:batch_size], batch_size)
-    try:
-        rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
-    except NoFiniteCandidate as error:
-        parser.error(f"{error}; try --compute-dtype fp32")
-    except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full; take a smaller --cache-gb, a smaller --ppl-eval-batch-size, or fewer "
-                     "--engines at a time")  # fmt: skip
+    with parser.full_gpu("a smaller --cache-gb, a smaller --ppl-eval-batch-size, or fewer --engines at a time"):
+        for batch_size in {args.ppl_eval_batch_size, args.race_batch_size}:
+            window_losses(decoder, windows[:batch_size], batch_size)
+        try:
+            rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
+        except NoFiniteCandidate as error:
+            parser.error(f"{error}; try --compute-dtype fp32")
     n, total = len(blocks), len(decoder.blocks())
     results = {name: summarise(name, args, [r[name] for r in rounds], n, total) for name in args.engines}
     orders = {name: [str(s.block) for s in rounds[0][name]] for name in args.engines}

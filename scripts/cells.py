@@ -208,7 +208,7 @@ def merge(bench, job):
     n = candidates.candidates(
         decoder.layers, bench.parameters, "layer", ratio=job.ratio, first=1, consecutive=True
     ).window  # fmt: skip
-    for C in (C for C in (4, 3, 2) if n % (C - 1) == 0):
+    for C in laco.merge_sizes(n):
         try:
             found = laco.collapse(
                 decoder, bench.calibration.windows[:LACO_WINDOWS], C, variant=METHODS[job.method][0][1], remove=n,

@@ -40,11 +40,13 @@ for seed in 0 1 2 3 4 5; do
     smollm2 seed_$seed --cal-nsamples 8 --ppl-eval-seqlen 256 --del-block-num 8 --seed $seed --engines cached race
 done
 if .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    for engine in cached race; do # one at a time, so that engines do not share memory
-        bench gpu_$engine --random-config llama2-7b --device cuda --compute-dtype bf16 --tokens 32768 \
-            --ppl-eval-seqlen 2048 --ppl-eval-batch-size 8 --del-block-num 20 --exhaustive-steps 1 \
-            --engines exhaustive $engine
-    done
+    gpu() { # one engine at a time, so that they do not share memory; the race decides after each batch: one window
+        bench "gpu_$1" --random-config llama2-7b --device cuda --compute-dtype bf16 --tokens 32768 \
+            --ppl-eval-seqlen 2048 --ppl-eval-batch-size "$2" --del-block-num 20 --exhaustive-steps 1 \
+            --engines exhaustive "$1"
+    }
+    gpu cached 8
+    gpu race 1
 else
     echo "no GPU here: --random-config llama2-7b --device cuda is left out"
 fi

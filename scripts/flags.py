@@ -38,6 +38,16 @@ class Parser(argparse.ArgumentParser):
             self.error("the GPU's memory is full while the model is loaded; free it, or take another --device; "
                        "block_search.py searches larger models with --offload")  # fmt: skip
 
+    @contextlib.contextmanager
+    def full_gpu(self, less):
+        """Within this context a full GPU ends the program with one line; less: the flags with which less is needed."""
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            self.error(f"the GPU's memory is full; take {less}")
+
 
 def add_model_flags(parser):
     parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised while loading)")

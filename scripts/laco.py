@@ -69,9 +69,11 @@ def main(argv=None):
           f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
     wanted = f"threshold {args.threshold}" if remove is None else f"{remove} layers to remove"
     print(f"laco          {args.variant}, {merge} layers at a time, {wanted}", flush=True)
-    dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
+    less = "fewer documents in --cal-nsamples, or a smaller --ppl-eval-batch-size"
+    with parser.full_gpu(less):
+        dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     start, compared = time.perf_counter(), []
-    with parser.user_errors():
+    with parser.user_errors(), parser.full_gpu(less):
         collapsed = collapse(
             decoder, windows, merge, args.interval, args.lowest, args.highest, args.variant, args.threshold, remove,
             args.ppl_eval_batch_size, lambda: compared.append(1),
@@ -103,7 +105,7 @@ def check(args):
     """Raise ValueError for what flags and configuration tell; return (layers to remove or None, layers a merge)."""
     from lib.blocks import find_layers
     from lib.candidates import candidates
-    from lib.laco import check_range
+    from lib.laco import check_range, merge_sizes
     from lib.model import parameter_count
 
     flags.check_folder(args.output_dir, "--output-dir")
@@ -120,7 +122,7 @@ def check(args):
     if args.target_ratio is not None:
         plan = candidates(layers, parameter_count(bare), "layer", ratio=args.target_ratio, consecutive=True)
         remove = plan.window
-    merge = args.merge_layers or next(C for C in (4, 3, 2) if remove is None or remove % (C - 1) == 0)
+    merge = args.merge_layers or merge_sizes(remove)[0]
     if args.target_ratio is not None:
         remove += -remove % (merge - 1)
     check_range(len(layers), merge, args.lowest, highest, remove)

@@ -180,15 +180,32 @@ def test_a_model_that_was_spread_over_gpus_and_host_is_to_be_offloaded(search, m
     assert_refused(search(del_block_num=1), "the GPUs cannot hold the model", "--offload")
 
 
+def test_a_gpu_that_is_full_while_measuring_is_one_line(evaluate, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    rows, result = tmp_path / "rows", tmp_path / "result.json"
+    rows.mkdir()
+    (rows / "piqa.jsonl").write_text(json.dumps({"goal": "a", "sol1": "b", "sol2": "c", "label": 0}))
+    monkeypatch.setattr("lib.tasks.zero_shot", full)
+    run = evaluate(do_eval=True, tasks="piqa", task_data=rows, output_path=result)
+    assert run.code == 2 and run.err.endswith("the GPU's memory is full; take a smaller --batch-size\n"), run
+    assert run.err.count("\n") == 1 and json.loads(result.read_text())["dense_perplexity"] > 1, "measured before"
+    monkeypatch.setattr("lib.evaluate.window_losses", full)
+    run = evaluate()
+    assert run.code == 2 and run.err.endswith("the GPU's memory is full; take a smaller --ppl-eval-batch-size\n"), run
+
+
 def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path):
     from lib import search as engines
+    from lib.importance import METRICS
 
     def full(*args, **kwargs):
         steps = engines.cached(*args, **kwargs)
         yield next(steps)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    def never(*args):
+    def never(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     whole = tmp_path / "whole"
@@ -201,6 +218,10 @@ def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path)
         patch.setattr("lib.evaluate.window_losses", lambda *a: never() if a[3:] else torch.zeros(1, 1))
         run = search(metric="bi", del_block_num=2)
     assert run.code == 1 and "removals before it" not in run.err, "judged at once: nothing is kept"
+    with monkeypatch.context() as patch:
+        patch.setitem(METRICS, "taylor", never)
+        run = search(metric="taylor", del_block_num=2)
+    assert run.code == 1 and "less is needed with a smaller --ppl-eval-seqlen" in run.err, "one window is its batch"
     monkeypatch.setitem(engines.ENGINES, "cached", full)
     run = search(del_block_num=3)
     assert run.code == 1 and "step 2: the GPU's memory is full; the 1 removals before it" in run.err, run

@@ -231,6 +231,14 @@ def test_the_batch_size_decides_nothing():
         assert one == pytest.approx(five, rel=1e-5), name
 
 
+def test_taylors_gradients_are_summed_where_there_is_room(monkeypatch):
+    asked, scores, decoder = [], [], Decoder(toy("llama"))
+    for free in (2**40, 0):
+        monkeypatch.setattr("lib.importance.free_bytes", lambda device, free=free: (asked.append(device) or free, 0))
+        scores.append(METRICS["taylor"](decoder, decoder.blocks(), WINDOWS))
+    assert scores[0] == scores[1] and len(asked) == 2, "asked once a device"
+
+
 def test_taylor_leaves_the_model_as_it_was():
     model = toy("llama").requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
@@ -261,6 +269,7 @@ def test_offloaded_weights_have_a_magnitude_and_no_gradient(toy_folder):
     units = inside.blocks("layer")
     for metric in ("magnitude", "ppl", "bi"):
         assert METRICS[metric](away, units, WINDOWS) == METRICS[metric](inside, units, WINDOWS)
+    assert WINDOW_METRICS["window_ppl"](away, 1, WINDOWS) == WINDOW_METRICS["window_ppl"](inside, 1, WINDOWS)
     with pytest.raises(ValueError, match="--metric taylor: needs gradients.*LlamaForCausalLM are offloaded"):
         METRICS["taylor"](away, units, WINDOWS)
 

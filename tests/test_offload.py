@@ -8,6 +8,7 @@ from memory import in_fresh_process, linux_only
 
 from lib.blocks import Decoder
 from lib.evaluate import OBJECTIVES, window_losses
+from lib.importance import WINDOW_METRICS
 from lib.model import load_model
 from lib.search import exhaustive, streamed
 
@@ -90,6 +91,12 @@ def test_each_layer_is_moved_once_for_all_batches(offloaded, monkeypatch):
     monkeypatch.setattr("lib.evaluate.free_bytes", lambda device: (0, 0))
     assert torch.equal(window_losses(decoder, WINDOWS, 1), losses)
     assert moves() == [3, 3, 3], "a batch at a time where there is no memory for more"
+
+
+def test_each_layer_is_moved_once_for_a_run_of_layers(offloaded):
+    decoder, moves = offloaded
+    WINDOW_METRICS["window_ppl"](decoder, 2, WINDOWS, batch_size=1)
+    assert moves() == [2, 2, 2], "runs start at layers 0 and 1"
 
 
 MEMORY = """

@@ -212,6 +212,7 @@ def test_engine_figures_compares_each_engine_and_keeps_what_is_done(checkout, tm
     assert all(args[f"seed_{k}"].engines == ["cached", "race"] for k in range(6))
     assert {a.data_dir for a in args.values()} == {str(tmp_path / "texts"), None}
     assert (args["gpu_race"].compute_dtype, args["gpu_race"].device, args["seed_0"].device) == ("bf16", "cuda", None)
+    assert args["gpu_race"].ppl_eval_batch_size == args["gpu_race"].race_batch_size == 1, "one batch, the same bits"
     line = runs["seed_3"][0]
     (root / "results/engines/seed_3.json").write_text("{}")
     (root / "results/engines/seed_3.log").write_text(f"python -m scripts.bench_search {' '.join(line[:-2])}\nshown\n")

@@ -23,7 +23,9 @@ class OnGpu(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.empty_like and cls.pins and kwargs["pin_memory"] and kwargs["device"] == HOST:
+        if func is torch.empty_like and kwargs["pin_memory"] and kwargs["device"] == HOST:
+            if not cls.pins:
+                raise RuntimeError("no more memory can be pinned")
             return torch.empty_like(plain(args[0])).as_subclass(Pinned)
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -153,7 +155,6 @@ def test_states_of_several_gpus_are_held_in_each_ones_room(watched, engine):
 
 
 def test_where_no_memory_can_be_pinned_nothing_is_kept(watched, monkeypatch):
-    """torch without CUDA refuses to pin, as it does where the system allows no more."""
     monkeypatch.setattr(OnGpu, "pins", False)
     decoder = Decoder(toy("llama", num_hidden_layers=4))
     expected = [(s.block, s.scores) for s in exhaustive(decoder, decoder.blocks(), WINDOWS, 4, batch_size=2)]
@@ -180,7 +181,8 @@ def test_rooms_are_shares_of_what_is_free_or_the_bytes_given(monkeypatch):
     assert rooms([HOST]) == {HOST: 300}
     assert rooms([HOST], 1000) == {HOST: 1000}
     assert rooms(GPUS) == {GPUS[0]: 600, GPUS[1]: 60, HOST: 100}
-    assert rooms(GPUS, 1000) == {GPUS[0]: 500, GPUS[1]: 60, HOST: 440}
+    assert rooms(GPUS, 900) == {GPUS[0]: 450, GPUS[1]: 60, HOST: 390}
+    assert rooms(GPUS, 1000) == {GPUS[0]: 500, GPUS[1]: 60, HOST: 400}, "no more is pinned than is free"
     assert rooms(GPUS[:1], 0) == {GPUS[0]: 0, HOST: 0}
 
 
