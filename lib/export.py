@@ -225,6 +225,8 @@ def reindexed(config, n, layers):
         changed |= {"mlp_only_layers": [k for k, layer in enumerate(layers) if layer.mlp in dense]}
         if step != 1:
             changed["decoder_sparse_step"] = 1
+    if values.get("first_k_dense_replace") is not None:  # layers without experts at the bottom
+        changed["first_k_dense_replace"] = sum(layer.mlp < values["first_k_dense_replace"] for layer in layers)
     if "max_window_layers" in values:  # layers before the first that slides
         changed["max_window_layers"] = sum(layer.mha < values["max_window_layers"] for layer in layers)
     return changed

@@ -235,7 +235,8 @@ def block_flops(decoder, T):
     flops = {kind: sum(decoder.block_parameters([Block(kind, i)]) for i in range(L)) / L for kind in ("mha", "mlp")}
     experts = sum(p.numel() for name, p in decoder.layers.named_parameters() if ".experts." in name) / L
     if experts:
-        n = getattr(config, "num_local_experts", None) or config.num_experts
+        names = "num_local_experts", "num_experts", "n_routed_experts"
+        n = next(n for name in names if (n := getattr(config, name, None)))
         flops["mlp"] -= experts * (1 - config.num_experts_per_tok / n)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim

@@ -7,6 +7,9 @@ _COMMON = dict(vocab_size=V, hidden_size=H, num_hidden_layers=L, num_attention_h
 _LLAMA = dict(_COMMON, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=128)
 _MOE = dict(_LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 _SLIDING = dict(head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+_ROUTED = dict(moe_intermediate_size=24, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+               first_k_dense_replace=1, n_group=1, topk_group=1)  # fmt: skip
+_LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
 
 # name -> (configuration class, its arguments)
 TOYS = {
@@ -58,6 +61,29 @@ TOYS = {
     ),
     "qwen3-moe": ("Qwen3MoeConfig", dict(_MOE, head_dim=8)),
     "olmoe": ("OlmoeConfig", _MOE),
+    "glm": ("GlmConfig", dict(_LLAMA, head_dim=8)),
+    "glm4": ("Glm4Config", dict(_LLAMA, head_dim=8)),
+    "glm4-moe": ("Glm4MoeConfig", dict(_LLAMA, head_dim=8, **_ROUTED)),
+    "gpt-oss": (
+        "GptOssConfig", dict(_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
+    ),
+    "deepseek-v2": ("DeepseekV2Config", dict(_LLAMA, num_key_value_heads=4, **_LATENT, **_ROUTED)),
+    "deepseek-v3": ("DeepseekV3Config", dict(_LLAMA, num_key_value_heads=4, **_LATENT, **_ROUTED)),
+    "seed-oss": ("SeedOssConfig", dict(_LLAMA, head_dim=8)),
+    "ministral": ("MinistralConfig", dict(_LLAMA, head_dim=8, sliding_window=8)),
+    "ministral3": ("Ministral3Config", dict(_LLAMA, head_dim=8)),
+    "ernie4.5": ("Ernie4_5Config", dict(_LLAMA, head_dim=8)),
+    "apertus": ("ApertusConfig", _LLAMA),
+    "arcee": ("ArceeConfig", _LLAMA),
+    "hunyuan": ("HunYuanDenseV1Config", dict(_LLAMA, head_dim=8)),
+    "nemotron": ("NemotronConfig", _LLAMA),
+    "minimax-m2": (
+        "MiniMaxM2Config", dict(_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=4),
+    ),
+    "granite-moe": (
+        "GraniteMoeConfig", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5),
+    ),
+    "mpt": ("MptConfig", dict(vocab_size=V, d_model=H, n_layers=L, n_heads=4, max_seq_len=128)),
 }
 PARALLEL = {"phi2", "stablelm-parallel", "gptj", "gpt-neox", "falcon-7b", "falcon-40b", "cohere", "cohere2"}
 

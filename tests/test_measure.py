@@ -412,7 +412,7 @@ def test_search_benchmark_runs_an_engine_once_and_ends_in_one_line(call, toy_fol
         assert run.code == 2 and says in run.err and run.err.count("\n") == 1, run
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3-moe", "minimax-m2", "deepseek-v3"])
 def test_flops_of_an_mlp_are_those_that_torch_counts(name):
     from torch.utils.flop_counter import FlopCounterMode
 
