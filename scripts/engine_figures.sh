@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the search engines cost and find, as the README tells it: exhaustive against cached and race on SmolLM2-135M,
 # exact orders against the race's on six draws of documents, a toy of Llama-2-7B's shape, and on a GPU that shape itself.
-# About five hours of one core.
+# About six hours of one core; bf16 is slow on CPUs without bf16 arithmetic.
 #
 #     BLOCKPRUNER_DATA=data bash scripts/engine_figures.sh
 #     bash scripts/engine_figures.sh --del-block-num 2 --cal-nsamples 2    # smaller ones: flags of scripts.bench_search
@@ -34,6 +34,8 @@ smollm2() {
 bench toy_of_llama2_7b --random-config llama2-7b --scale 16 --tokens 256 --ppl-eval-seqlen 256 --del-block-num 20 \
     --engines exhaustive cached
 smollm2 8_documents --cal-nsamples 8 --ppl-eval-seqlen 512 --del-block-num 12 --engines exhaustive cached
+smollm2 8_documents_bf16 --cal-nsamples 8 --ppl-eval-seqlen 512 --del-block-num 12 --engines exhaustive cached \
+    --compute-dtype bf16 --exhaustive-steps 1
 smollm2 32_documents --cal-nsamples 32 --ppl-eval-seqlen 512 --del-block-num 12 --engines exhaustive race \
     --exhaustive-steps 1
 for seed in 0 1 2 3 4 5; do
