@@ -96,6 +96,11 @@ FAMILIES = {
     "MixtralDecoderLayer": _LLAMA._replace(mlp=("mlp", "block_sparse_moe")),
     "MiniMaxM2DecoderLayer": _LLAMA._replace(mlp=("mlp", "block_sparse_moe")),
     "GraniteMoeDecoderLayer": _LLAMA._replace(mlp=("block_sparse_moe",)),
+    # hybrids: a linear attention or a convolution stands in the place of some attentions
+    "Qwen3NextDecoderLayer": _LLAMA._replace(mha=("self_attn", "linear_attn")),
+    "Qwen3_5DecoderLayer": _LLAMA._replace(mha=("self_attn", "linear_attn")),
+    "Qwen3_5MoeDecoderLayer": _LLAMA._replace(mha=("self_attn", "linear_attn")),
+    "Lfm2DecoderLayer": Family(("self_attn", "conv"), ("feed_forward",), ("operator_norm",), ("ffn_norm",)),
     "Gemma2DecoderLayer": _GEMMA2,
     "Gemma3DecoderLayer": _GEMMA2,
     "Olmo2DecoderLayer": _OLMO2,

@@ -246,7 +246,8 @@ def anchored(source, removed):
             chains[-1].append(layer)
         else:
             chains.append([layer])
-    if not chains or all(layer.mha is None for layer in chains[0]):
+    attentions = [layer.mha for chain in chains for layer in chain if layer.mha is not None]
+    if not any(all(not hasattr(source.layers[i], name) for name in modeling.BARE) for i in attentions):
         raise ValueError(
             f"--format hf: no attention of {name} is left, and the cache needs one; the nearest format is zeroed"
         )

@@ -109,12 +109,17 @@ def cache_without(config, removed):
     layers = (cache := DynamicCache(config=config)).layers
     gone = {i for kind, i in removed if kind == "mha"}
     kept = [layer for i, layer in enumerate(layers) if i not in gone]
-    if not kept:
-        raise ValueError(f"all {len(layers)} attentions are removed: nothing is cached, not even a token's position")
+    if not any(hasattr(layer, "is_sliding") for layer in kept):
+        raise ValueError(f"all {sum(hasattr(layer, 'is_sliding') for layer in layers)} attentions are removed: nothing "
+                         "is cached, not even a token's position")  # fmt: skip
     for i in gone:
-        alike = [layer for layer in kept if layer.is_sliding == layers[i].is_sliding]
+        alike = [layer for layer in kept if _kind(layer) == _kind(layers[i])]
         layers[i] = (alike or kept)[0]
     return cache
+
+
+def _kind(layer):
+    return getattr(layer, "is_sliding", type(layer))  # linear attentions and convolutions keep a state, no tokens
 
 
 def cache_bytes(cache):

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 PREFIX, MODEL_TYPE = "BlockPruned", "blockpruned_"
+BARE = ("linear_attn", "conv")  # in the place of an attention, and return no weights
 
 
 def __getattr__(name):
@@ -96,7 +97,7 @@ def _leave_out(layer, branch, norms, is_attention):
     *before, last = [name for name in branch if getattr(layer, name, None) is not None]
     for name in (*before, *(name for name in norms if getattr(layer, name, None) is not None)):
         setattr(layer, name, nn.Identity())
-    setattr(layer, last, _Nothing(getattr(layer, last), is_attention))
+    setattr(layer, last, _Nothing(getattr(layer, last), is_attention and last not in BARE))
 
 
 class _Nothing(nn.Module):
@@ -105,7 +106,7 @@ class _Nothing(nn.Module):
     def __init__(self, module, is_attention):
         super().__init__()
         self.names = list(inspect.signature(module.forward).parameters)
-        self.is_attention = is_attention  # attentions return their weights too
+        self.is_attention = is_attention  # most attentions return their weights too
 
     def forward(self, *args, **kwargs):
         given = dict(zip(self.names, args, strict=False)) | kwargs

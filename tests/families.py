@@ -10,6 +10,8 @@ _SLIDING = dict(head_dim=8, sliding_window=8, layer_types=["sliding_attention", 
 _ROUTED = dict(moe_intermediate_size=24, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
                first_k_dense_replace=1, n_group=1, topk_group=1)  # fmt: skip
 _LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+_LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+               head_dim=8, layer_types=["full_attention", "linear_attention", "full_attention"])  # fmt: skip
 
 # name -> (configuration class, its arguments)
 TOYS = {
@@ -83,6 +85,10 @@ TOYS = {
     "granite-moe": (
         "GraniteMoeConfig", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5),
     ),
+    "qwen3-next": ("Qwen3NextConfig", dict(_MOE, **_LINEAR, shared_expert_intermediate_size=24)),
+    "qwen3.5": ("Qwen3_5TextConfig", dict(_LLAMA, **_LINEAR)),
+    "qwen3.5-moe": ("Qwen3_5MoeTextConfig", dict(_MOE, **_LINEAR, shared_expert_intermediate_size=24)),
+    "lfm2": ("Lfm2Config", dict(_LLAMA, full_attn_idxs=[0, 2], conv_L_cache=3, block_ff_dim=48)),
     "mpt": ("MptConfig", dict(vocab_size=V, d_model=H, n_layers=L, n_heads=4, max_seq_len=128)),
 }
 PARALLEL = {"phi2", "stablelm-parallel", "gptj", "gpt-neox", "falcon-7b", "falcon-40b", "cohere", "cohere2"}

@@ -13,8 +13,8 @@ from lib.blocks import FAMILIES, KINDS, Block, Decoder, find_layers
 EVERY = [*TOYS, "baichuan"]
 IDS = torch.randint(V, (2, 24), generator=torch.Generator().manual_seed(3))
 OUTPUTS = {  # the projections that write to the residual stream, found by name, not through lib.blocks
-    "mha": r"(attn|attention)\.(o_proj|out_proj|dense|c_proj)\.(weight|bias)$",
-    "mlp": r"(down_proj|dense_4h_to_h|mlp\.c_proj|fc2|fc_out)([._]weight|[._]bias)?$",
+    "mha": r"(attn|attention|conv)\.(o_proj|out_proj|dense|c_proj)\.(weight|bias)$",
+    "mlp": r"(down_proj|dense_4h_to_h|mlp\.c_proj|feed_forward\.w2|fc2|fc_out)([._]weight|[._]bias)?$",
 }
 # Two toys normalise the stream itself; that norm goes with its block.
 NORMS_ON_STREAM = {

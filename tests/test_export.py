@@ -152,6 +152,14 @@ def test_an_export_holds_the_kept_blocks_tensors_and_no_others(name, saved, tmp_
     assert written == result["parameters"]
 
 
+@pytest.mark.parametrize("name", ["qwen3.5", "lfm2"])
+def test_a_hybrid_keeps_an_attention_that_counts_tokens(name, saved, tmp_path):
+    folder, model = saved(name)
+    with pytest.raises(ValueError, match=f"no attention of {type(model).__name__} is left.*zeroed"):
+        export(folder, blocks("mha0", "mha2"), tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_family_is_parallel_where_its_layers_have_no_state_between_their_blocks(saved):
     """An attention and the MLP of another layer make a layer only where Decoder proves the two steps separate."""
     assert {name for name in TOYS if Source(saved(name)[0]).parallel} == PARALLEL

@@ -67,6 +67,8 @@ def test_a_model_whose_first_attention_is_removed_needs_that_cache():
 def test_a_model_without_attentions_has_no_cache():
     with pytest.raises(ValueError, match="all 3 attentions are removed"):
         measure.cache_without(toy("llama").config, [Block("mha", i) for i in range(3)])
+    with pytest.raises(ValueError, match="all 2 attentions are removed"):
+        measure.cache_without(toy("qwen3.5").config, [Block("mha", 0), Block("mha", 2)])
 
 
 class Slow:
