@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import torch
 
-from lib.blocks import FAMILIES, KINDS, find_layers
+from lib.blocks import KINDS, find_layers
+from lib.families import FAMILIES
 from lib.model import DTYPES, load_config, load_model, locate, quiet, readable, skeleton
 
 SHARD_BYTES = 5 * 10**9
@@ -142,7 +143,7 @@ class Source:
         else:
             raise ValueError(
                 f"--model-path {self.path}: {name}: the row of {type(self.layers[0]).__name__} of FAMILIES in "
-                f"lib/blocks.py has no {module}, so that nobody knows which block it goes with; correct the row"
+                f"lib/families.py has no {module}, so that nobody knows which block it goes with; correct the row"
             )
         return Place(head, int(layer), rest, kinds)
 

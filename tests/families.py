@@ -1,4 +1,4 @@
-"""Tiny random models of every family of lib.blocks.FAMILIES, from their own configuration classes."""
+"""Tiny random models of every family of lib.families.FAMILIES, from their own configuration classes."""
 import torch
 from torch import nn
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from families import PARALLEL, TOYS, V, toy
 
-from lib.blocks import FAMILIES, KINDS, Block, Decoder, find_layers
+from lib.blocks import KINDS, Block, Decoder, find_layers
+from lib.families import FAMILIES
 
 EVERY = [*TOYS, "baichuan"]
 IDS = torch.randint(V, (2, 24), generator=torch.Generator().manual_seed(3))

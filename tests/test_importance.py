@@ -262,18 +262,6 @@ def test_quantised_weights_are_refused_by_name():
             METRICS[metric](decoder, decoder.blocks(), WINDOWS)
 
 
-def test_offloaded_weights_have_a_magnitude_and_no_gradient(toy_folder):
-    from lib.model import load_model
-
-    inside, away = (Decoder(load_model(toy_folder("llama"), "fp32", offload=offload)) for offload in (False, True))
-    units = inside.blocks("layer")
-    for metric in ("magnitude", "ppl", "bi"):
-        assert METRICS[metric](away, units, WINDOWS) == METRICS[metric](inside, units, WINDOWS)
-    assert WINDOW_METRICS["window_ppl"](away, 1, WINDOWS) == WINDOW_METRICS["window_ppl"](inside, 1, WINDOWS)
-    with pytest.raises(ValueError, match="--metric taylor: needs gradients.*LlamaForCausalLM are offloaded"):
-        METRICS["taylor"](away, units, WINDOWS)
-
-
 # ---- whole layers in the search ------------------------------------------------------------------
 
 

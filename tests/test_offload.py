@@ -8,7 +8,7 @@ from memory import in_fresh_process, linux_only
 
 from lib.blocks import Decoder
 from lib.evaluate import OBJECTIVES, window_losses
-from lib.importance import WINDOW_METRICS
+from lib.importance import METRICS, WINDOW_METRICS
 from lib.model import load_model
 from lib.search import exhaustive, streamed
 
@@ -97,6 +97,16 @@ def test_each_layer_is_moved_once_for_a_run_of_layers(offloaded):
     decoder, moves = offloaded
     WINDOW_METRICS["window_ppl"](decoder, 2, WINDOWS, batch_size=1)
     assert moves() == [2, 2, 2], "runs start at layers 0 and 1"
+
+
+def test_offloaded_weights_have_a_magnitude_and_no_gradient(toy_folder):
+    inside, away = (Decoder(load_model(toy_folder("llama"), "fp32", offload=offload)) for offload in (False, True))
+    units = inside.blocks("layer")
+    for metric in ("magnitude", "ppl", "bi"):
+        assert METRICS[metric](away, units, WINDOWS) == METRICS[metric](inside, units, WINDOWS)
+    assert WINDOW_METRICS["window_ppl"](away, 1, WINDOWS) == WINDOW_METRICS["window_ppl"](inside, 1, WINDOWS)
+    with pytest.raises(ValueError, match="--metric taylor: needs gradients.*LlamaForCausalLM are offloaded"):
+        METRICS["taylor"](away, units, WINDOWS)
 
 
 MEMORY = """
