@@ -37,6 +37,25 @@ def stored(folder, target, format):
     return {name: tuple(tensor.shape) for name, tensor in load_file(target / WEIGHTS).items()}
 
 
+@pytest.mark.parametrize("name, extra", [
+    ("deepseek-v3", "model.layers.61.eh_proj.weight"), ("deepseek-v3", "model.layers.61.self_attn.o_proj.weight"),
+    ("glm4-moe", "model.layers.46.eh_proj.weight"), ("qwen3.5", "mtp.layers.0.self_attn.o_proj.weight"),
+])  # fmt: skip
+@pytest.mark.parametrize("format", ["stock", "hf", "zeroed"])
+def test_layers_that_predict_more_tokens_are_left_out(name, extra, format, tmp_path):
+    for kind in ("plain", "more"):
+        toy(name).save_pretrained(tmp_path / kind)
+    weights = load_file(tmp_path / "more" / WEIGHTS) | {extra: torch.ones(3)}
+    save_file(weights, tmp_path / "more" / WEIGHTS, metadata={"format": "pt"})
+    assert stored(tmp_path / "more", tmp_path / "a", format) == stored(tmp_path / "plain", tmp_path / "b", format)
+
+
+def test_a_layer_whose_number_another_size_leaves_out_is_kept(tmp_path):
+    """The class of GLM-4.5, 92 layers, leaves out layer 46, too: GLM-4.5-Air has 46 and one that predicts more."""
+    toy("glm4-moe", num_hidden_layers=48).save_pretrained(tmp_path / "deep")
+    assert any(".layers.46." in name for name in stored(tmp_path / "deep", tmp_path / "out", "zeroed"))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_frequencies_of_rotations_are_left_out(model, tmp_path, format):
     def add(weights):
