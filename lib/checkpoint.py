@@ -116,7 +116,7 @@ class Source:
 
     def _unread(self, name):
         """Whether a tensor is none of the model's, as its class says: layers that predict more tokens, say."""
-        match, patterns = LAYER.fullmatch(name), self.bare._keys_to_ignore_on_load_unexpected or ()
+        match, patterns = LAYER.fullmatch(name), getattr(self.bare, "_keys_to_ignore_on_load_unexpected", None) or ()
         path = next(path for path, module in self.bare.named_modules() if module is self.layers) + "."
         own = (path, path.removeprefix(f"{self.bare.base_model_prefix}."))  # the patterns are meant for all else
         inside = match and match[1] in own and int(match[2]) < self.n_layers
