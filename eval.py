@@ -54,7 +54,7 @@ def main(argv=None):
     flags.warn_of_order(args, meta, order)
 
     def measure():
-        with parser.full_gpu("a smaller --ppl-eval-batch-size"):
+        with parser.full_gpu("take a smaller --ppl-eval-batch-size"):
             losses = window_losses(decoder, windows, args.ppl_eval_batch_size)
         return perplexity(losses, args.ppl_eval_seqlen)
 
@@ -93,7 +93,7 @@ def main(argv=None):
     save()
     for task in args.tasks if args.do_eval else ():
         most = args.limit.get(task, args.limit.get(None))
-        with parser.full_gpu("a smaller --batch-size"):
+        with parser.full_gpu("take a smaller --batch-size"):
             result["tasks"] |= tasks.zero_shot(
                 model, tokenizer, [task], args.batch_size, args.num_fewshot, most, args.task_data
             )

@@ -104,7 +104,8 @@ class Source:
             stored = self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
         # old checkpoints hold the frequencies of rotations too, which loaders compute; llama.cpp refuses such a file
         stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-        stored = {name: entry for name, entry in stored.items() if not self._unread(name)}
+        for name in self._unread(stored):
+            del stored[name]
         self._untie(stored)
         found = {place.layer for place in map(self.place, stored) if place}
         if found != set(range(self.n_layers)):
@@ -114,13 +115,17 @@ class Source:
             )
         return stored
 
-    def _unread(self, name):
-        """Whether a tensor is none of the model's, as its class says: layers that predict more tokens, say."""
-        match, patterns = LAYER.fullmatch(name), getattr(self.bare, "_keys_to_ignore_on_load_unexpected", None) or ()
+    def _unread(self, names):
+        """Return the tensors that are none of the model's, as its class says: layers that predict more tokens, say."""
         path = next(path for path, module in self.bare.named_modules() if module is self.layers) + "."
         own = (path, path.removeprefix(f"{self.bare.base_model_prefix}."))  # the patterns are meant for all else
-        inside = match and match[1] in own and int(match[2]) < self.n_layers
-        return not inside and any(re.search(pattern, name) for pattern in patterns)
+
+        def inside(name):
+            match = LAYER.fullmatch(name)
+            return match and match[1] in own and int(match[2]) < self.n_layers
+
+        patterns = getattr(self.bare, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return [name for name in names if any(re.search(p, name) for p in patterns) and not inside(name)]
 
     def names(self):
         """Return the names of all tensors, as the files have them."""

@@ -247,7 +247,7 @@ def anchored(source, removed):
         else:
             chains.append([layer])
     attentions = [layer.mha for chain in chains for layer in chain if layer.mha is not None]
-    if not any(all(not hasattr(source.layers[i], name) for name in modeling.BARE) for i in attentions):
+    if all(any(hasattr(source.layers[i], name) for name in modeling.BARE) for i in attentions):
         raise ValueError(
             f"--format hf: no attention of {name} is left, and the cache needs one; the nearest format is zeroed"
         )

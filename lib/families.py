@@ -1,6 +1,7 @@
 """The families of models: which sub-modules of a decoder layer are its attention, its MLP, and their norms.
 
-A row is proven on every model that is loaded (lib.blocks.Decoder): a wrong one is refused, not believed.
+Masking and stepping by a row are proven on every model that is loaded (lib.blocks.Decoder); with which branch a norm
+goes is what the row says.
 """
 from typing import NamedTuple
 

@@ -201,6 +201,11 @@ def check_weights(decoder, units, method, inside=False):
         )
 
 
+def _roomy(sizes):
+    """Return the devices that have room for so many bytes: {device: bytes}."""
+    return {device for device, size in sizes.items() if size < DEVICE_SHARE * free_bytes(device)[0]}
+
+
 @contextlib.contextmanager
 def _gradients(model, parameters):
     """Within this context a backward pass adds to {id(p): gradient}, float32 or better, and on the device of p where
@@ -208,10 +213,10 @@ def _gradients(model, parameters):
     """
     parameters = list(parameters)
     dtypes = {id(p): torch.promote_types(p.dtype, torch.float32) for p in parameters}
-    taken = Counter()
+    sizes = Counter()
     for p in parameters:
-        taken[p.device] += p.numel() * dtypes[id(p)].itemsize
-    roomy = {device for device, size in taken.items() if size < DEVICE_SHARE * free_bytes(device)[0]}
+        sizes[p.device] += p.numel() * dtypes[id(p)].itemsize
+    roomy = _roomy(sizes)
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     sums, hooks = {}, []
 

@@ -45,7 +45,7 @@ def main(argv=None):
     print(f"model         {args.model_path}: {L} layers, {args.device}, {args.compute_dtype}")
     print(f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
           f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens", flush=True)  # fmt: skip
-    with parser.full_gpu("a smaller --ppl-eval-batch-size"):
+    with parser.full_gpu("take a smaller --ppl-eval-batch-size"):
         found = similarities(decoder, (), windows, args.ppl_eval_batch_size).angular
     distances = {n: {i: found[i, i + n].item() for i in range(L - n + 1)} for n in range(1, L + 1)}
     with parser.user_errors():

@@ -79,7 +79,7 @@ def main(argv=None):
 
         keeping = sum(name != "exhaustive" for name in args.engines)
         args.cache_gb = sum(rooms(decoder.devices).values()) / max(1, keeping) / 2**30
-    with parser.full_gpu("a smaller --cache-gb, a smaller --ppl-eval-batch-size, or fewer --engines at a time"):
+    with parser.full_gpu("take a smaller --cache-gb, a smaller --ppl-eval-batch-size, or fewer --engines at a time"):
         for batch_size in {args.ppl_eval_batch_size, args.race_batch_size}:
             window_losses(decoder, windows[:batch_size], batch_size)
         try:

@@ -139,8 +139,9 @@ def open_cell(bench, job):
                 "flags": METHODS[job.method][0] if job.ratio else []}  # fmt: skip
     if job.method in MERGED:
         settings["windows"] = LACO_WINDOWS
-    spelled = {"model"} if bench.weights != "not cached" else set()  # known by its weights, however it is spelled
-    deciding = {key: value for key, value in settings.items() if key not in spelled}
+    deciding = dict(settings)
+    if bench.weights != "not cached":
+        del deciding["model"]  # known by its weights, however it is spelled
     name = f"{str(job).replace(' ', '_')}_{job.ratio:g}_{digest(deciding)}.json"
     path = bench.folder / "cells" / name
     try:

@@ -28,25 +28,22 @@ class Parser(argparse.ArgumentParser):
     def user_errors(self):
         """Within this context these are the user's to mend: a ValueError of the library, a file that the system
         refuses, a model that is larger than the GPU."""
+        remedy = "free it, or take another --device; block_search.py searches larger models with --offload"
         try:
-            yield
+            with self.full_gpu(remedy, " while the model is loaded"):
+                yield
         except (ValueError, OSError) as error:
             self.error(error)
+
+    @contextlib.contextmanager
+    def full_gpu(self, remedy, when=""):
+        """Within this context a full GPU ends the program with one line, which tells the remedy."""
+        try:
+            yield
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not be there
                 raise
-            self.error("the GPU's memory is full while the model is loaded; free it, or take another --device; "
-                       "block_search.py searches larger models with --offload")  # fmt: skip
-
-    @contextlib.contextmanager
-    def full_gpu(self, less):
-        """Within this context a full GPU ends the program with one line; less: the flags with which less is needed."""
-        try:
-            yield
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            self.error(f"the GPU's memory is full; take {less}")
+            self.error(f"the GPU's memory is full{when}; {remedy}")
 
 
 def add_model_flags(parser):

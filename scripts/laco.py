@@ -69,7 +69,7 @@ def main(argv=None):
           f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
     wanted = f"threshold {args.threshold}" if remove is None else f"{remove} layers to remove"
     print(f"laco          {args.variant}, {merge} layers at a time, {wanted}", flush=True)
-    less = "fewer documents in --cal-nsamples, or a smaller --ppl-eval-batch-size"
+    less = "take fewer documents in --cal-nsamples, or a smaller --ppl-eval-batch-size"
     with parser.full_gpu(less):
         dense = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     start, compared = time.perf_counter(), []
