@@ -13,6 +13,7 @@ consecutive layers. --block-type layer removes whole layers; the file counts eac
 
     python block_search.py --model-path models/Llama-2-7b-hf --metric bi --block-type layer --target-ratio 0.2
 """
+
 import contextlib
 import hashlib
 import math
@@ -25,10 +26,26 @@ from scripts import flags
 
 # Settings that decide the order: a file searched with others is not continued. Exact engines give the same.
 SETTINGS = (
-    "model", "metric", "block_type", "protect_first", "protect_last", "window",
-    "dataset", "split", "text_column", "seed", "documents", "seqlen", "batch_size", "dtype",
-    "device", "approximate", "race_confidence", "text_sha256", "weights",
-)  # fmt: skip
+    "model",
+    "metric",
+    "block_type",
+    "protect_first",
+    "protect_last",
+    "window",
+    "dataset",
+    "split",
+    "text_column",
+    "seed",
+    "documents",
+    "seqlen",
+    "batch_size",
+    "dtype",
+    "device",
+    "approximate",
+    "race_confidence",
+    "text_sha256",
+    "weights",
+)
 # what files without these settings were made with
 BEFORE = {"metric": "ppl", "protect_first": 0, "protect_last": 0, "approximate": False}
 
@@ -44,25 +61,52 @@ def parse_args(argv=None):
     parser.add_argument("--ppl-search-path", default="ppls", help="folder of the order file; made when missing")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--del-block-num", type=flags.count, default=0, help="blocks to remove")
-    amount.add_argument("--target-ratio", type=flags.share, default=None,
-                        help="remove the fewest that reach this share of all parameters")  # fmt: skip
-    parser.add_argument("--block-type", choices=("mha", "mlp", "mix", "layer"), default="mix",
-                        help="blocks to search; layer: both of a layer together, counted as two")
-    parser.add_argument("--metric", choices=(*GREEDY, *ONE_SHOT, *WINDOWS), default="ppl",
-                        help="what makes a block dispensable; ppl and kl are searched step by step, the last three "
-                        "take one run of consecutive layers, the others judge every block once")  # fmt: skip
+    amount.add_argument(
+        "--target-ratio",
+        type=flags.share,
+        default=None,
+        help="remove the fewest that reach this share of all parameters",
+    )
+    parser.add_argument(
+        "--block-type",
+        choices=("mha", "mlp", "mix", "layer"),
+        default="mix",
+        help="blocks to search; layer: both of a layer together, counted as two",
+    )
+    parser.add_argument(
+        "--metric",
+        choices=(*GREEDY, *ONE_SHOT, *WINDOWS),
+        default="ppl",
+        help="what makes a block dispensable; ppl and kl are searched step by step, the last three "
+        "take one run of consecutive layers, the others judge every block once",
+    )
     parser.add_argument("--protect-first", type=flags.count, default=0, help="lowest layers to keep whole")
     parser.add_argument("--protect-last", type=flags.count, default=0, help="topmost layers to keep whole")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=128, help="documents to draw (not windows)")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=None)
-    parser.add_argument("--search", choices=("cached", "race", "exhaustive"), default="cached",
-                        help="cached: the exact order, shared work; race: approximate, faster; exhaustive: the paper's")
-    parser.add_argument("--cache-gb", type=flags.size, default=None,
-                        help="memory for kept states, GiB; a share of what is free when absent")
-    parser.add_argument("--race-confidence", type=flags.size, default=flags.RACE_CONFIDENCE,
-                        help="race: standard errors behind the leader at which a candidate drops out")
-    parser.add_argument("--offload", action="store_true",
-                        help="the layers' weights visit the device one by one: for a model that does not fit; exact")
+    parser.add_argument(
+        "--search",
+        choices=("cached", "race", "exhaustive"),
+        default="cached",
+        help="cached: the exact order, shared work; race: approximate, faster; exhaustive: the paper's",
+    )
+    parser.add_argument(
+        "--cache-gb",
+        type=flags.size,
+        default=None,
+        help="memory for kept states, GiB; a share of what is free when absent",
+    )
+    parser.add_argument(
+        "--race-confidence",
+        type=flags.size,
+        default=flags.RACE_CONFIDENCE,
+        help="race: standard errors behind the leader at which a candidate drops out",
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="the layers' weights visit the device one by one: for a model that does not fit; exact",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an order searched with other settings")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done and how long; write nothing")
     args = parser.parse_args(argv)
@@ -74,23 +118,27 @@ def parse_args(argv=None):
     if not args.model_path:
         parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
     if args.block_type == "layer" and args.del_block_num % 2:
-        parser.error(f"--del-block-num {args.del_block_num}: --block-type layer removes two blocks a layer; give an "
-                     "even number")  # fmt: skip
+        parser.error(
+            f"--del-block-num {args.del_block_num}: --block-type layer removes two blocks a layer; give an even number"
+        )
     if args.metric in WINDOWS and args.block_type != "layer":
         parser.error(f"--metric {args.metric} removes whole layers; add --block-type layer")
     if args.metric not in GREEDY and args.search in ("race", "exhaustive"):
         parser.error(f"--search {args.search}: --metric {args.metric} does not search; drop --search")
     if args.metric == "taylor" and args.offload:
-        parser.error("--metric taylor: needs gradients, which offloaded layers do not have; drop --offload, or take "
-                     "another metric")  # fmt: skip
+        parser.error(
+            "--metric taylor: needs gradients, which offloaded layers do not have; drop --offload, or take "
+            "another metric"
+        )
     return parser, args
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib import orders
-    from lib.blocks import Decoder
+    from lib.decoder import Decoder
     from lib.evaluate import perplexity, window_losses
+    from lib.files import to_json
     from lib.importance import check_weights
     from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
     from lib.search import NoFiniteCandidate
@@ -99,9 +147,13 @@ def main(argv=None):
     with parser.user_errors():  # everything that can fail fails before weights are read
         plan = check(args)
         path = orders.order_path(
-            args.ppl_search_path, args.model_path, args.block_type, args.cal_dataset, args.cal_nsamples,
+            args.ppl_search_path,
+            args.model_path,
+            args.block_type,
+            args.cal_dataset,
+            args.cal_nsamples,
             metric_name(args, plan),
-        )  # fmt: skip
+        )
         tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
         corpus, _, windows = flags.read_windows(args, tokenizer)
         fresh = describe(args, corpus, windows, plan)
@@ -116,9 +168,11 @@ def main(argv=None):
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
         if decoder.offloaded and args.metric in GREEDY and not args.offload:
-            raise ValueError(f"--device {args.device}: the GPUs cannot hold the model, and layers in the host's memory "
-                             "would be moved for every candidate; pass --offload, which moves each once for all (from "
-                             "a folder, not a .gguf)")  # fmt: skip
+            raise ValueError(
+                f"--device {args.device}: the GPUs cannot hold the model, and layers in the host's memory "
+                "would be moved for every candidate; pass --offload, which moves each once for all (from "
+                "a folder, not a .gguf)"
+            )
         if args.metric in ("magnitude", "taylor"):
             check_weights(decoder, plan.units, f"--metric {args.metric}", inside=args.metric == "taylor")
     blocks, evaluations = len(plan.units) * plan.size, count_evaluations(args, plan, len(order))
@@ -127,8 +181,10 @@ def main(argv=None):
     print(f"compute       {args.device}, {args.compute_dtype}, metric {args.metric}, {how}")
     if note := dtype_note(args.device, args.compute_dtype):
         print(f"note          {note}")
-    print(f"calibration   {meta['documents']} documents of {corpus.source} ({corpus.split or 'whole file'}), "
-          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
+    print(
+        f"calibration   {meta['documents']} documents of {corpus.source} ({corpus.split or 'whole file'}), "
+        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens"
+    )
     amount = f"{plan.most}" if args.target_ratio is None else f"{100 * args.target_ratio:g} %, at most {plan.most}"
     print(f"search        {amount} of {blocks} {args.block_type} blocks, {evaluations:,} evaluations -> {path}")
     if order:
@@ -145,10 +201,19 @@ def main(argv=None):
         estimate = seconds * evaluations * (1 if whole else 0.5)
         less = "" if whole else " or less"
         print(f"estimate      {timedelta(seconds=round(estimate))}{less} for the whole search; nothing written")
-        print(orders.to_json({
-            "dry_run": True, "blocks": blocks, "windows": len(windows), "tokens": windows.numel(),
-            "evaluations": evaluations, "estimated_seconds": estimate, "dense_perplexity": dense,
-        }))  # fmt: skip
+        print(
+            to_json(
+                {
+                    "dry_run": True,
+                    "blocks": blocks,
+                    "windows": len(windows),
+                    "tokens": windows.numel(),
+                    "evaluations": evaluations,
+                    "estimated_seconds": estimate,
+                    "dense_perplexity": dense,
+                }
+            )
+        )
         return
     if not math.isfinite(dense):
         print(f"warning: the dense model's perplexity is {dense}; try --compute-dtype fp32", file=sys.stderr)
@@ -160,8 +225,10 @@ def main(argv=None):
             extend(args, plan, decoder, windows, path, order, meta, bar)
         except NoFiniteCandidate as error:
             bar.close()
-            sys.exit(f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
-                     f"are in {path}; try --compute-dtype fp32")  # fmt: skip
+            sys.exit(
+                f"block_search.py: error: step {len(order) + 1}: {error}; the {len(order)} removals before it "
+                f"are in {path}; try --compute-dtype fp32"
+            )
     if len(order) > before and args.metric != "ppl":
         print(f"perplexity    {dense:.4f} -> {meta['steps'][-1]['perplexity']:.4f} on the calibration text")
     draw(path, order, meta)
@@ -184,8 +251,10 @@ def full_gpu_told(args, path, order, searching=False):
         less = "--ppl-eval-seqlen" if searching and args.metric == "taylor" else "--ppl-eval-batch-size"
         ways.append(f"a smaller {less}" + (" (which starts anew, with --overwrite)" if kept else ""))
         where = f"; the {kept} removals before it are in {path} and are continued" if kept else ""
-        sys.exit(f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full{where}; less is needed with "
-                 f"{', or '.join(ways)}")  # fmt: skip
+        sys.exit(
+            f"block_search.py: error: step {len(order) + 1}: the GPU's memory is full{where}; less is needed with "
+            f"{', or '.join(ways)}"
+        )
 
 
 def extend(args, plan, decoder, windows, path, order, meta, bar):
@@ -216,8 +285,9 @@ def extend(args, plan, decoder, windows, path, order, meta, bar):
             score = f"{args.metric:10s} {step.get('score', step['perplexity']):12.6g}"
             if args.metric == "ppl":
                 score = f"perplexity {step['perplexity']:12.4f}"
-            bar.write(f"{len(order):4d}/{plan.most}  {unit!s:7s} {score}"
-                      f"  removed {ratio:6.2f} %  {step['seconds']:7.1f} s")  # fmt: skip
+            bar.write(
+                f"{len(order):4d}/{plan.most}  {unit!s:7s} {score}  removed {ratio:6.2f} %  {step['seconds']:7.1f} s"
+            )
             bad = [str(b) for b, s in step["scores"].items() if not math.isfinite(s)]
             if bad:
                 bar.write(f"warning: {args.metric} not finite without {', '.join(bad)}: never removed in this step")
@@ -233,7 +303,7 @@ def extend(args, plan, decoder, windows, path, order, meta, bar):
 
 def draw(path, order, meta):
     """Draw the candidates' scores and what went, beside the order; without matplotlib, say so."""
-    from lib.report import draw_order
+    from lib.report.pictures import draw_order
 
     try:
         for picture in draw_order(path, order, meta):
@@ -267,9 +337,14 @@ def removals(args, plan, decoder, windows, order, meta, bar):
         return
     if args.metric in WINDOWS:
         scores = WINDOW_METRICS[args.metric](
-            decoder, plan.window, windows, batch_size=B, first=args.protect_first, last=args.protect_last,
+            decoder,
+            plan.window,
+            windows,
+            batch_size=B,
+            first=args.protect_first,
+            last=args.protect_last,
             progress=bar.done,
-        )  # fmt: skip
+        )
         meta["window_scores"] = scores
         best = next(iter(ranked(scores)), None)
         units = [] if best is None else [Block("layer", i) for i in range(best, best + plan.window)]
@@ -287,31 +362,43 @@ def removals(args, plan, decoder, windows, order, meta, bar):
 
 def print_summary(path, order, meta):
     """Print the one line for machines: what the order file holds of these removals."""
-    from lib.orders import to_json
+    from lib.files import to_json
 
     steps = meta["steps"][: len(order)]
     last = steps[-1] if steps else {"perplexity": meta["dense_perplexity"], "removed_percent": 0.0}
-    print(to_json({
-        "order_file": str(path), "order": [str(b) for b in order], "dense_perplexity": meta["dense_perplexity"],
-        "perplexity": last["perplexity"], "removed_percent": last["removed_percent"],
-        "seconds": sum(step["seconds"] for step in steps),
-    }))  # fmt: skip
+    print(
+        to_json(
+            {
+                "order_file": str(path),
+                "order": [str(b) for b in order],
+                "dense_perplexity": meta["dense_perplexity"],
+                "perplexity": last["perplexity"],
+                "removed_percent": last["removed_percent"],
+                "seconds": sum(step["seconds"] for step in steps),
+            }
+        )
+    )
 
 
 def check(args):
     """Raise ValueError for whatever the flags, the configuration and the folders already tell; return Candidates."""
-    from lib.blocks import find_layers
     from lib.candidates import candidates
-    from lib.checkpoint import check_whole
-    from lib.model import parameter_count
+    from lib.decoder import find_layers
+    from lib.model import check_whole, parameter_count
 
     flags.check_folder(args.ppl_search_path, "--ppl-search-path")
     bare = flags.check_search(args)
     check_whole(bare.config, args.model_path)
     return candidates(
-        find_layers(bare), parameter_count(bare), args.block_type, args.del_block_num, args.target_ratio,
-        args.protect_first, args.protect_last, consecutive=args.metric in WINDOWS,
-    )  # fmt: skip
+        find_layers(bare),
+        parameter_count(bare),
+        args.block_type,
+        args.del_block_num,
+        args.target_ratio,
+        args.protect_first,
+        args.protect_last,
+        consecutive=args.metric in WINDOWS,
+    )
 
 
 def metric_name(args, plan):
@@ -334,22 +421,36 @@ def count_evaluations(args, plan, done):
 
 def describe(args, corpus, windows, plan):
     """Return the order file's meta before the first removal."""
-    from lib.model import fingerprint
+    from lib.hub import fingerprint
 
     return {
-        "model": args.model_path, "weights": fingerprint(args.model_path), "layers": len(plan.layers),
-        "metric": args.metric, "block_type": args.block_type,
-        "protect_first": args.protect_first, "protect_last": args.protect_last, "window": plan.window,
+        "model": args.model_path,
+        "weights": fingerprint(args.model_path),
+        "layers": len(plan.layers),
+        "metric": args.metric,
+        "block_type": args.block_type,
+        "protect_first": args.protect_first,
+        "protect_last": args.protect_last,
+        "window": plan.window,
         "dataset": args.cal_dataset,
-        "source": corpus.source, "split": corpus.split, "text_column": args.text_column, "seed": args.seed,
-        "documents": args.cal_nsamples, "windows": len(windows), "seqlen": args.ppl_eval_seqlen,
-        "tokens": windows.numel(), "batch_size": args.ppl_eval_batch_size,
-        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "dtype": args.compute_dtype,
-        "device": args.device, "engine": args.search if args.metric in GREEDY else None,
+        "source": corpus.source,
+        "split": corpus.split,
+        "text_column": args.text_column,
+        "seed": args.seed,
+        "documents": args.cal_nsamples,
+        "windows": len(windows),
+        "seqlen": args.ppl_eval_seqlen,
+        "tokens": windows.numel(),
+        "batch_size": args.ppl_eval_batch_size,
+        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "dtype": args.compute_dtype,
+        "device": args.device,
+        "engine": args.search if args.metric in GREEDY else None,
         "approximate": args.search == "race",
-        "race_confidence": args.race_confidence if args.search == "race" else None, "versions": flags.versions(),
+        "race_confidence": args.race_confidence if args.search == "race" else None,
+        "versions": flags.versions(),
         "steps": [],
-    }  # fmt: skip
+    }
 
 
 def resume(path, meta, overwrite):
@@ -364,8 +465,11 @@ def resume(path, meta, overwrite):
     there = BEFORE | {"weights": meta["weights"]} | old  # files of before do not tell the weights
     same = {"model"} if old.get("weights") == meta["weights"] != "not cached" else set()  # however it is spelled
     same |= {"dataset", "split", "text_column"} if old.get("text_sha256") == meta["text_sha256"] else set()
-    differ = [f"{key} {there.get(key)!r} there, {meta[key]!r} now" for key in SETTINGS
-              if key not in same and there.get(key) != meta[key]]  # fmt: skip
+    differ = [
+        f"{key} {there.get(key)!r} there, {meta[key]!r} now"
+        for key in SETTINGS
+        if key not in same and there.get(key) != meta[key]
+    ]
     if differ:
         what = f"with other settings ({'; '.join(differ)})" if old else "and does not say how it was searched"
         raise ValueError(f"{path}: exists {what}; pass --overwrite to replace it, or give another --ppl-search-path")
@@ -374,8 +478,10 @@ def resume(path, meta, overwrite):
     fields = {"perplexity", "removed_percent", "seconds", "scores"}
     whole = isinstance(steps, list) and all(isinstance(step, dict) and fields <= step.keys() for step in steps)
     if not whole or len(steps) != len(order) or "dense_perplexity" not in old:
-        raise ValueError(f"{path}: its meta does not hold the dense model's perplexity and one step for each removal; "
-                         "pass --overwrite to replace it")  # fmt: skip
+        raise ValueError(
+            f"{path}: its meta does not hold the dense model's perplexity and one step for each removal; "
+            "pass --overwrite to replace it"
+        )
     old.pop("failed", None)
     return order, old | {"engine": meta["engine"]}
 

@@ -18,13 +18,24 @@ def parse_args(argv=None):
     flags.add_text_flags(parser, dataset="wikitext2", batch_size=2)
     parser.add_argument("--cal-nsamples", type=flags.positive, default=None, help="documents to draw; all when absent")
     parser.add_argument("--do-eval", action="store_true", help="also run the zero-shot tasks (lm-eval)")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks of --do-eval",
-                        default=["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"])  # fmt: skip
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="tasks of --do-eval",
+        default=["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"],
+    )
     parser.add_argument("--task-data", default=None, help="folder with the five tasks' .jsonl files; else the hub")
     parser.add_argument("--num-fewshot", type=flags.count, default=0, help="examples in each task's prompt")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="requests per forward in tasks")
-    parser.add_argument("--limit", nargs="+", metavar="[TASK=]N", type=flags.limit, default=[],
-                        help="first N windows and items only, or N items of TASK; not a result")  # fmt: skip
+    parser.add_argument(
+        "--limit",
+        nargs="+",
+        metavar="[TASK=]N",
+        type=flags.limit,
+        default=[],
+        help="first N windows and items only, or N items of TASK; not a result",
+    )
     parser.add_argument("--output-path", help="result file (.json), written after every step", default=None)
     parser.add_argument("--export-path", help="folder for the pruned checkpoint, in --compute-dtype", default=None)
     args = parser.parse_args(argv)
@@ -36,9 +47,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib import export, orders, tasks
-    from lib.blocks import Decoder
+    from lib import tasks
+    from lib.decoder import Decoder
     from lib.evaluate import perplexity, window_losses
+    from lib.export.write import export
+    from lib.files import to_json, write_json
     from lib.measure import weight_bytes
     from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
 
@@ -63,8 +76,10 @@ def main(argv=None):
     print(f"model         {args.model_path}, {args.device}, {args.compute_dtype}")
     if note := dtype_note(args.device, args.compute_dtype):
         print(f"note          {note}")
-    print(f"text          {corpus.source} ({corpus.split or 'whole file'}), "
-          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
+    print(
+        f"text          {corpus.source} ({corpus.split or 'whole file'}), "
+        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens"
+    )
     if label:
         print(label)
     dense_parameters, dense_bytes, dense = parameter_count(model), weight_bytes(model), measure()
@@ -72,23 +87,40 @@ def main(argv=None):
     parameters = parameter_count(model)
     ratio = 100 * (1 - parameters / dense_parameters)
     print(f"removed       {len(order)} blocks: {' '.join(map(str, order)) or 'none'}")
-    print(f"size          {dense_parameters:,} -> {parameters:,} parameters, "
-          f"{dense_bytes / 2**20:,.1f} -> {weight_bytes(model) / 2**20:,.1f} MiB, "
-          f"pruning ratio {ratio:.2f} %")  # fmt: skip
+    print(
+        f"size          {dense_parameters:,} -> {parameters:,} parameters, "
+        f"{dense_bytes / 2**20:,.1f} -> {weight_bytes(model) / 2**20:,.1f} MiB, "
+        f"pruning ratio {ratio:.2f} %"
+    )
     pruned = measure() if order else dense
     print(f"perplexity    {dense:.4f} -> {pruned:.4f}")
     result = {
-        "model": args.model_path, "order_file": args.ppl_search_file, "removed": [str(b) for b in order],
-        "dense_parameters": dense_parameters, "parameters": parameters, "pruning_ratio_percent": ratio,
-        "dataset": args.cal_dataset, "source": corpus.source, "split": corpus.split, "windows": len(windows),
-        "seqlen": args.ppl_eval_seqlen, "documents": len(documents), "seed": args.seed,
-        "dense_perplexity": dense, "perplexity": pruned, "limit": label, "num_fewshot": args.num_fewshot,
-        "dtype": args.compute_dtype, "device": args.device, "versions": flags.versions(), "tasks": {},
-    }  # fmt: skip
+        "model": args.model_path,
+        "order_file": args.ppl_search_file,
+        "removed": [str(b) for b in order],
+        "dense_parameters": dense_parameters,
+        "parameters": parameters,
+        "pruning_ratio_percent": ratio,
+        "dataset": args.cal_dataset,
+        "source": corpus.source,
+        "split": corpus.split,
+        "windows": len(windows),
+        "seqlen": args.ppl_eval_seqlen,
+        "documents": len(documents),
+        "seed": args.seed,
+        "dense_perplexity": dense,
+        "perplexity": pruned,
+        "limit": label,
+        "num_fewshot": args.num_fewshot,
+        "dtype": args.compute_dtype,
+        "device": args.device,
+        "versions": flags.versions(),
+        "tasks": {},
+    }
 
     def save():
         if args.output_path:
-            orders.write_json(args.output_path, result)
+            write_json(args.output_path, result)
 
     save()
     for task in args.tasks if args.do_eval else ():
@@ -104,16 +136,21 @@ def main(argv=None):
     if args.export_path:  # last: what is measured is not lost where it fails
         keys = "dataset", "dense_perplexity", "perplexity", "windows", "seqlen", "limit"
         try:
-            result["export"] = export.export(
-                args.model_path, order, args.export_path, compute_dtype=args.compute_dtype, meta=meta,
-                trust_remote_code=args.trust_remote_code, versions=flags.versions(),
+            result["export"] = export(
+                args.model_path,
+                order,
+                args.export_path,
+                compute_dtype=args.compute_dtype,
+                meta=meta,
+                trust_remote_code=args.trust_remote_code,
+                versions=flags.versions(),
                 evaluated={key: result[key] for key in keys},
-            )  # fmt: skip
+            )
             print(f"export        {args.export_path}, format {result['export']['format']}")
         except (ValueError, OSError) as error:
             failed = error
         save()
-    print(orders.to_json(result))
+    print(to_json(result))
     if failed:
         parser.error(failed)
 
@@ -121,11 +158,11 @@ def main(argv=None):
 def check(args):
     """Raise ValueError for whatever flags, files and the configuration already tell; return (removals, meta)."""
     from lib import tasks
-    from lib.blocks import block_parameters, find_layers
-    from lib.checkpoint import Source, check_space
     from lib.data import check_dataset
-    from lib.export import choose
-    from lib.export_folder import check_target
+    from lib.decoder import block_parameters, find_layers
+    from lib.export.checkpoint import Source, check_space
+    from lib.export.folder import check_target
+    from lib.export.write import choose
     from lib.model import DTYPES, check_device, parameter_count, skeleton
 
     check_device(args.device)
@@ -153,7 +190,7 @@ def check(args):
 def check_task_cache(names, task_data):
     """Raise ValueError where a task's rows are neither local, nor on a hub in reach, nor cached."""
     from lib import tasks
-    from lib.model import hub_error
+    from lib.hub import hub_error
 
     if task_data is not None or not hub_error():
         return

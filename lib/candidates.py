@@ -5,13 +5,15 @@ All of it is known from the model's modules, before any weight is read.
     plan = candidates(find_layers(skeleton(path)), parameter_count(skeleton(path)), "layer", ratio=0.2, first=4, last=2)
     plan.enough(order)    # how many of these removals reach 20 %, None where they are too few
 """
+
 import math
 from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
-from lib.blocks import KINDS, Block, block_parameters
+from lib.blocks import KINDS, Block
+from lib.decoder import block_parameters
 
 
 class Candidates(NamedTuple):

@@ -7,6 +7,7 @@ are only a handful of windows, which is why every script prints how many it real
     corpus = load_documents("alpaca", data_dir="data")
     windows = cut_windows(sample_documents(corpus.documents, 128, seed=42), tokenizer, 2048)
 """
+
 import json
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lib.model import hub_error
+from lib.hub import hub_error
 
 PYDOC_LENGTH = 1000  # characters: a document is about as long as an Alpaca record
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
@@ -38,15 +39,23 @@ DATASETS = {
         ("Salesforce/wikitext", "wikitext-2-raw-v1"), "text", "test", "test", ("train", "validation", "test")
     ),
     "ptb": Source(
-        ("ptb-text-only/ptb_text_only", "penn_treebank"), "sentence", "test", "test", ("train", "validation", "test"),
+        ("ptb-text-only/ptb_text_only", "penn_treebank"),
+        "sentence",
+        "test",
+        "test",
+        ("train", "validation", "test"),
         {"revision": "refs/convert/parquet"},
     ),
     "c4": Source(
-        ("allenai/c4",), "text", "validation", "validation", ("validation",),
+        ("allenai/c4",),
+        "text",
+        "validation",
+        "validation",
+        ("validation",),
         {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}},
     ),
     "pydoc": Source((), "text", "train", "test", ("train", "test")),
-}  # fmt: skip
+}
 
 
 class Corpus(NamedTuple):
@@ -166,9 +175,7 @@ def _find_local(dataset, split, data_dir, explicit):
                         f"name it {dataset}-{split}{suffix}, or drop --cal-split to take it whole"
                     )
                 return path, of_split
-    raise ValueError(
-        f"--data-dir {data_dir}: holds neither {dataset}-{split} nor {dataset} with {', '.join(SUFFIXES)}"
-    )
+    raise ValueError(f"--data-dir {data_dir}: holds neither {dataset}-{split} nor {dataset} with {', '.join(SUFFIXES)}")
 
 
 def _read_file(path, column, other_column=None):

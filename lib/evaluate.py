@@ -1,15 +1,16 @@
 """Per-window losses of a stepped decoder, the perplexity of them, and the objectives that a search can minimise.
 
-    losses = window_losses(Decoder(model), windows, batch_size=8)    # (N,) float64
-    perplexity(losses, windows.shape[1])
+losses = window_losses(Decoder(model), windows, batch_size=8)    # (N,) float64
+perplexity(losses, windows.shape[1])
 """
+
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from lib.trajectories import DEVICE_SHARE, free_bytes
+from lib.memory import DEVICE_SHARE, free_bytes
 
 
 def window_losses(decoder, windows, batch_size, masked=()):

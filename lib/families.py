@@ -3,6 +3,7 @@
 Masking and stepping by a row are proven on every model that is loaded (lib.blocks.Decoder); with which branch a norm
 goes is what the row says.
 """
+
 from typing import NamedTuple
 
 
@@ -21,9 +22,11 @@ class Family(NamedTuple):
 
 _LLAMA = Family(("self_attn",), ("mlp",), ("input_layernorm",), ("post_attention_layernorm",))
 _GEMMA2 = Family(
-    ("self_attn",), ("mlp",),
-    ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-)  # fmt: skip
+    ("self_attn",),
+    ("mlp",),
+    ("input_layernorm", "post_attention_layernorm"),
+    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
 _OLMO2 = Family(("self_attn",), ("mlp",), ("post_attention_layernorm",), ("post_feedforward_layernorm",))
 
 # Keyed by the class of the decoder layer. A new row needs a toy model in tests/families.py.
@@ -59,7 +62,9 @@ FAMILIES = {
     "NemotronDecoderLayer": _LLAMA,
     "ApertusDecoderLayer": Family(("self_attn",), ("mlp",), ("attention_layernorm",), ("feedforward_layernorm",)),
     "Glm4DecoderLayer": Family(
-        ("self_attn",), ("mlp",), ("input_layernorm", "post_self_attn_layernorm"),
+        ("self_attn",),
+        ("mlp",),
+        ("input_layernorm", "post_self_attn_layernorm"),
         ("post_attention_layernorm", "post_mlp_layernorm"),
     ),
     # transformers before 5 and checkpoints keep the experts under the second name

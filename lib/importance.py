@@ -17,6 +17,7 @@ score every run of n consecutive layers and remove one run. Sources, by name:
     scores = METRICS["bi"](decoder, decoder.blocks("layer"), windows)
     order = ranked(scores)[:7]
 """
+
 import contextlib
 import math
 from collections import Counter
@@ -26,9 +27,9 @@ import torch
 from lib.blocks import Block
 from lib.candidates import starts
 from lib.evaluate import OBJECTIVES, perplexity, window_losses
+from lib.memory import DEVICE_SHARE, free_bytes
 from lib.search import NoFiniteCandidate, cached, streamed
 from lib.similarity import similarities
-from lib.trajectories import DEVICE_SHARE, free_bytes
 
 
 def ranked(scores):
@@ -116,8 +117,15 @@ def random(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
 
 
 METRICS = {
-    "bi": bi, "rm": rm, "taylor": taylor, "magnitude": magnitude, "ppl": ppl, "kl": kl, "last": last, "random": random,
-}  # fmt: skip
+    "bi": bi,
+    "rm": rm,
+    "taylor": taylor,
+    "magnitude": magnitude,
+    "ppl": ppl,
+    "kl": kl,
+    "last": last,
+    "random": random,
+}
 
 
 # ---- one score for each run of n consecutive layers ----------------------------------------------

@@ -11,6 +11,7 @@ are merged (attention and MLP, weights and biases); norms stay the lowest layer'
     collapsed = collapse(decoder, windows, merge=4, remove=6)
     write(decoder, collapsed, "pruned", record={})
 """
+
 import contextlib
 from collections import Counter
 from typing import NamedTuple
@@ -19,12 +20,12 @@ import torch
 from torch import nn
 
 from lib.blocks import KINDS, Block
-from lib.export import reindexed
-from lib.export_folder import complete_or_nothing
+from lib.export.folder import complete_or_nothing
+from lib.export.layers import Layer
+from lib.export.write import reindexed
+from lib.files import write_json
 from lib.importance import check_weights
-from lib.layers import Layer
 from lib.model import quiet
-from lib.orders import write_json
 
 HALVINGS = 12  # of the threshold's range, to 0.0005; each costs only states not compared before
 
@@ -45,9 +46,18 @@ class Collapsed(NamedTuple):
 
 
 def collapse(
-    decoder, windows, merge=4, interval=2, lowest=1, highest=None, variant="paper", threshold=None, remove=None,
-    batch_size=8, progress=None,
-):  # fmt: skip
+    decoder,
+    windows,
+    merge=4,
+    interval=2,
+    lowest=1,
+    highest=None,
+    variant="paper",
+    threshold=None,
+    remove=None,
+    batch_size=8,
+    progress=None,
+):
     """Return the Collapsed model, for `threshold` or the greatest threshold that removes `remove` layers.
 
     No weight is changed. With `remove` the descent ends once so many are gone: how many layers a
@@ -200,12 +210,19 @@ def write(decoder, collapsed, folder, tokenizer=None, record=None):
             model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        write_json(temporary / "laco.json", (record or {}) | {
-            "dense_parameters": dense, "parameters": parameters, "removed_percent": 100 * (1 - parameters / dense),
-            "dense_layers": L, "layers": [[layer.base, list(map(list, layer.weights))] for layer in collapsed.layers],
-            "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
-            "threshold": collapsed.threshold,
-        })  # fmt: skip
+        write_json(
+            temporary / "laco.json",
+            (record or {})
+            | {
+                "dense_parameters": dense,
+                "parameters": parameters,
+                "removed_percent": 100 * (1 - parameters / dense),
+                "dense_layers": L,
+                "layers": [[layer.base, list(map(list, layer.weights))] for layer in collapsed.layers],
+                "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
+                "threshold": collapsed.threshold,
+            },
+        )
         spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # as it was over several GPUs
         where = "auto" if spread else decoder.input_device
         with quiet():
@@ -287,7 +304,9 @@ def _weights(decoder, layer):
     parts = [(factor, [p.data for _, p in projections(decoder, i)]) for i, factor in layer.weights]
     sums = []
     for k, like in enumerate(parts[0][1]):
-        total = sum(factor * tensors[k].to(like.device, torch.promote_types(like.dtype, torch.float32))
-                    for factor, tensors in parts)  # fmt: skip
+        total = sum(
+            factor * tensors[k].to(like.device, torch.promote_types(like.dtype, torch.float32))
+            for factor, tensors in parts
+        )
         sums.append(total.to(like.dtype))
     return sums

@@ -1,4 +1,5 @@
 """Losses of single tokens from logits, in float32 or better, with no float32 copy of all logits."""
+
 import torch
 
 CACHED_LOGITS = 2**18  # logits that the losses are taken from at once on a CPU: 1 MiB, half of a core's cache

@@ -7,6 +7,7 @@ Works on any transformers causal LM: dense, pruned and reloaded, or with blocks 
     spread([ids.numel() / run.prefill_seconds for run in runs["pruned"]]).median    # prompt tokens/s
     count_kv(pruned).per_token, kv_per_token(pruned)    # KV-cache bytes, counted and in real tensors
 """
+
 import ctypes
 import gc
 import inspect
@@ -110,8 +111,10 @@ def cache_without(config, removed):
     gone = {i for kind, i in removed if kind == "mha"}
     kept = [layer for i, layer in enumerate(layers) if i not in gone]
     if not any(hasattr(layer, "is_sliding") for layer in kept):
-        raise ValueError(f"all {sum(hasattr(layer, 'is_sliding') for layer in layers)} attentions are removed: nothing "
-                         "is cached, not even a token's position")  # fmt: skip
+        raise ValueError(
+            f"all {sum(hasattr(layer, 'is_sliding') for layer in layers)} attentions are removed: nothing "
+            "is cached, not even a token's position"
+        )
     for i in gone:
         alike = [layer for layer in kept if _kind(layer) == _kind(layers[i])]
         layers[i] = (alike or kept)[0]

@@ -5,33 +5,14 @@ first k removals sorted by layer, as the paper's scripts write it; the order is 
 consecutive entries. Everything else that this project knows lives under "meta". No torch in this file: results are
 read, and drawn, where it is not installed.
 """
+
 import json
-import math
 import os
-import re
 from pathlib import Path
 from reprlib import repr as brief
-from typing import NamedTuple
 
-KINDS = ("mha", "mlp")
-
-
-class Block(NamedTuple):
-    """A residual block: `kind` is "mha" or "mlp", or "layer" for both of a layer; `layer` counts from 0."""
-
-    kind: str
-    layer: int
-
-    def __str__(self):
-        return f"{self.kind}{self.layer}"
-
-
-def parse_block(name):
-    """Return the Block that prints as `name`, such as "mha25"."""
-    match = re.fullmatch("([a-z]+)([0-9]+)", name)
-    if not match:
-        raise ValueError(f"{brief(name)} is not the name of a block, such as mha25")
-    return Block(match[1], int(match[2]))
+from lib.blocks import KINDS, Block
+from lib.files import write_json
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
@@ -96,49 +77,6 @@ def save_order(path, order, meta):
     for k in range(1, len(order) + 1):
         entries[str(k)] = sorted(order[:k], key=lambda b: (b.layer, b.kind))
     write_json(path, {**entries, "meta": meta})
-
-
-def write_json(path, value):
-    """Write JSON as `write_file` does."""
-    write_file(path, (_lines(value) + "\n").encode())
-
-
-def write_file(path, data):
-    """Write bytes under a temporary name beside `path`, then rename it: a crash leaves the old file."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_json(value):
-    """Return strict JSON on one line: NaN and infinities, which JSON lacks, as the strings "nan", "inf", "-inf"."""
-    return json.dumps(_strict(value), allow_nan=False)
-
-
-def _lines(value, indent=""):
-    """Return JSON with a line for each item of what holds dicts or lists of dicts; the rest stays compact."""
-    inner = indent + " "
-    if isinstance(value, dict) and any(isinstance(item, (dict, list)) for item in value.values()):
-        items = [f"{json.dumps(str(key))}: {_lines(item, inner)}" for key, item in value.items()]
-        return "{\n" + ",\n".join(inner + item for item in items) + f"\n{indent}}}"
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return "[\n" + ",\n".join(inner + _lines(item, inner) for item in value) + f"\n{indent}]"
-    return to_json(value)
-
-
-def _strict(value):
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, Block):
-        return list(value)
-    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _parse(path, k, entry):

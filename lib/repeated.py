@@ -2,6 +2,7 @@
 
 A mask is up to (B, heads, T, T), and a text has many batches.
 """
+
 import weakref
 
 import torch

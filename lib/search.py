@@ -12,6 +12,7 @@ not fit the device.
 Candidates are blocks (the paper) or whole layers (SLEB, arXiv 2402.09025). What is minimised is an
 objective of lib.evaluate: perplexity, or the divergence from the dense model (EvoPress's fitness).
 """
+
 import functools
 import math
 import time
@@ -22,7 +23,8 @@ import torch
 
 from lib.blocks import Block
 from lib.evaluate import last_states, next_token
-from lib.trajectories import Plan, Store, Trajectories, rooms
+from lib.memory import Store, rooms
+from lib.trajectories import Plan, Trajectories
 
 
 class Step(NamedTuple):
@@ -75,9 +77,7 @@ def exhaustive(decoder, blocks, windows, n, done=(), batch_size=8, progress=None
         yield step
 
 
-def cached(
-    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None
-):
+def cached(decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None):
     """Yield the same Steps as `exhaustive`, from the same losses bit for bit, in a fraction of the forwards.
 
     cache_bytes: memory for states kept between iterations; None takes the shares of what is free that
@@ -87,9 +87,18 @@ def cached(
 
 
 def race(
-    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None, *,
+    decoder,
+    blocks,
+    windows,
+    n,
+    done=(),
+    batch_size=8,
+    progress=None,
+    objective=next_token,
+    cache_bytes=None,
+    *,
     confidence,
-):  # fmt: skip
+):
     """Yield Steps like `cached`, but score candidates batch by batch and drop those clearly behind (approximate).
 
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over
@@ -106,9 +115,7 @@ def race(
     yield from _shared(decoder, blocks, windows, n, done, batch_size, progress, objective, cache_bytes, confidence)
 
 
-def streamed(
-    decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None
-):
+def streamed(decoder, blocks, windows, n, done=(), batch_size=8, progress=None, objective=next_token, cache_bytes=None):
     """Yield the same Steps as `exhaustive`, bit for bit, with many candidates passing a layer before the next layer.
 
     For a model that does not fit the device: an offloaded layer's weights are moved there once for all

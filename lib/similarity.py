@@ -7,6 +7,7 @@ after it). A batch's states are summed up in float64 and dropped.
     s = similarities(decoder, decoder.blocks("layer"), windows)
     s.angular[8, 16]    # between the states entering layers 8 and 16, at the last token
 """
+
 import math
 from typing import NamedTuple
 

@@ -23,9 +23,7 @@ TASK_FILES = Path(__file__).resolve().parent.parent / "lm_eval"
 FEWSHOT_SEED = 1234  # the harness's default
 
 
-def zero_shot(
-    model, tokenizer, tasks, batch_size=1, num_fewshot=0, limit=None, task_data=None
-) -> dict[str, dict]:
+def zero_shot(model, tokenizer, tasks, batch_size=1, num_fewshot=0, limit=None, task_data=None) -> dict[str, dict]:
     """Each task's accuracy, {task: {score, metric, acc, acc_norm, stderr, items}}, as fractions.
 
     The score is acc_norm where the task has it, else acc (the paper's convention), and `stderr` is
@@ -46,9 +44,7 @@ def zero_shot(
     scores = {}
     for rows in dict.fromkeys(limits.values()):
         names = [name for name in tasks if limits[name] == rows]
-        loaded = manager.load(
-            [name if task_data is None else local_task(name, task_data) for name in names]
-        )
+        loaded = manager.load([name if task_data is None else local_task(name, task_data) for name in names])
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") != 0:  # the harness's rule: a task's own 0 stands
                 task.set_config("num_fewshot", num_fewshot)
@@ -84,8 +80,7 @@ def local_task(name: str, task_data: str | Path) -> dict:
     for split, file in files.items():
         if not (folder / file).is_file():
             raise ValueError(
-                f"task data {str(task_data)!r} holds no {file}: task {name} reads it; "
-                "add the file or drop the task"
+                f"task data {str(task_data)!r} holds no {file}: task {name} reads it; add the file or drop the task"
             )
         files[split] = glob.escape(str(folder / file))  # datasets expands patterns
     return config
@@ -103,9 +98,7 @@ def check_tasks(names, task_data=None, num_fewshot=0) -> None:
         # The submodule: without the package, lm_eval/ here would import as a namespace.
         import lm_eval.tasks  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"zero-shot tasks need lm_eval: pip install lm_eval==0.4.13 ({error})"
-        ) from error
+        raise ValueError(f"zero-shot tasks need lm_eval: pip install lm_eval==0.4.13 ({error})") from error
     if task_data is None:
         for name in names:
             check_harness_task(name)
@@ -126,14 +119,10 @@ def check_harness_task(name: str) -> None:
     entry = task_manager(hub=True).task_index.get(name)
     if entry is None:
         raise ValueError(
-            f"task {name!r} is unknown to lm_eval: use some of {', '.join(TASKS)}, "
-            "or any name of `lm-eval ls tasks`"
+            f"task {name!r} is unknown to lm_eval: use some of {', '.join(TASKS)}, or any name of `lm-eval ls tasks`"
         )
     if entry.cfg is None:
-        raise ValueError(
-            f"{name!r} is lm_eval's tag for several tasks, name those: "
-            + ", ".join(sorted(entry.tags))
-        )
+        raise ValueError(f"{name!r} is lm_eval's tag for several tasks, name those: " + ", ".join(sorted(entry.tags)))
     metrics = entry.cfg.get("metric_list") or entry.cfg.get("aggregate_metric_list") or []
     metrics = [metrics] if isinstance(metrics, dict) else metrics
     names = {metric["metric"] for metric in metrics}
@@ -166,10 +155,7 @@ def harness_model(model, tokenizer, batch_size):
     try:
         # A copy of the tokenizer: the harness gives it a pad token.
         return HFLM(
-            pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
-            batch_size=batch_size,
-            softmax_dtype="float32",
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
         )
     finally:
         log.setLevel(level)  # truncated requests are warned about under the same name

@@ -7,6 +7,7 @@ and its heat map. With --layers-to-skip also slices.yaml, which makes MergeKit l
     python -m scripts.angular --model-path models/Mistral-7B-Instruct-v0.2 --layers-to-skip 8 --output-dir angular
     mergekit-yaml angular/slices.yaml models/Mistral-7B-short
 """
+
 from pathlib import Path
 
 from scripts import flags
@@ -27,10 +28,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.blocks import Decoder
+    from lib.decoder import Decoder
+    from lib.files import to_json, write_file
     from lib.importance import ranked
     from lib.model import default_device, load_model, load_tokenizer
-    from lib.orders import to_json, write_file
     from lib.similarity import similarities
 
     args.device = args.device or default_device()
@@ -43,8 +44,11 @@ def main(argv=None):
         decoder = Decoder(model)
     L = decoder.n_layers
     print(f"model         {args.model_path}: {L} layers, {args.device}, {args.compute_dtype}")
-    print(f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
-          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens", flush=True)  # fmt: skip
+    print(
+        f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
+        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens",
+        flush=True,
+    )
     with parser.full_gpu("take a smaller --ppl-eval-batch-size"):
         found = similarities(decoder, (), windows, args.ppl_eval_batch_size).angular
     distances = {n: {i: found[i, i + n].item() for i in range(L - n + 1)} for n in range(1, L + 1)}
@@ -66,7 +70,7 @@ def main(argv=None):
 
 def draw(path, distances):
     """Draw the table as a heat map; without matplotlib, say so."""
-    from lib import report
+    from lib.report import pictures as report
 
     rows = [(n, i, d) for n, row in distances.items() for i, d in row.items()]
     try:
@@ -99,7 +103,7 @@ def slices(model_path, n_layers, start, n, dtype):
 
 def check(args):
     """Raise ValueError for what flags, folders and the configuration already tell; return the checkpoint's dtype."""
-    from lib.blocks import find_layers
+    from lib.decoder import find_layers
 
     flags.check_folder(args.output_dir, "--output-dir")
     bare = flags.check_search(args)

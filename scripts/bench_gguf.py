@@ -5,9 +5,11 @@ Needs `pip install xllamacpp`.
 
     python -m scripts.bench_gguf dense/model.gguf pruned/model.gguf --threads 1
 """
+
 from statistics import median
 
-from scripts import flags, llamacpp
+from lib.export import runtimes as llamacpp
+from scripts import flags
 
 
 def parse_args(argv=None):
@@ -28,13 +30,11 @@ def main(argv=None):
     parser, args = parse_args(argv)
     import contextlib
 
-    from lib.orders import to_json
+    from lib.files import to_json
 
     ids = [32 + i * 37 % 200 for i in range(args.prompt)]  # what they mean does not matter to the clock
     with parser.user_errors(), contextlib.ExitStack() as stack:
-        servers = [
-            stack.enter_context(llamacpp.Server(file, args.n_ctx, threads=args.threads)) for file in args.files
-        ]
+        servers = [stack.enter_context(llamacpp.Server(file, args.n_ctx, threads=args.threads)) for file in args.files]
         caches = [server.cache_line for server in servers]
         sizes = [server.cache_mib for server in servers]
         rounds = [[server.speed(ids, args.new) for server in servers] for _ in range(1 + args.repeats)][1:]

@@ -9,6 +9,7 @@ repeat, so that a noisy machine slows all of them; one turn before is warm-up. R
     python -m scripts.bench_model models/Llama-2-7b-hf --del-block-num 0 5 10 \\
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json
 """
+
 import argparse
 import contextlib
 import functools
@@ -53,12 +54,20 @@ def parse_args(argv=None):
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, local folder, or .gguf file")
     flags.add_compute_flags(parser)
     parser.add_argument("--ppl-search-file", default=None, help="order file of the one MODEL, for --del-block-num")
-    parser.add_argument("--del-block-num", type=flags.count, nargs="+", metavar="K", default=None,
-                        help="removals to compare; 0 is the dense model")  # fmt: skip
-    parser.add_argument("--batch-sizes", type=flags.positive, nargs="+", metavar="N", default=[1, 8],
-                        help="prompts at a time")  # fmt: skip
-    parser.add_argument("--prompt-lengths", type=flags.positive, nargs="+", metavar="N", default=[128, 512],
-                        help="tokens a prompt")  # fmt: skip
+    parser.add_argument(
+        "--del-block-num",
+        type=flags.count,
+        nargs="+",
+        metavar="K",
+        default=None,
+        help="removals to compare; 0 is the dense model",
+    )
+    parser.add_argument(
+        "--batch-sizes", type=flags.positive, nargs="+", metavar="N", default=[1, 8], help="prompts at a time"
+    )
+    parser.add_argument(
+        "--prompt-lengths", type=flags.positive, nargs="+", metavar="N", default=[128, 512], help="tokens a prompt"
+    )
     parser.add_argument("--new-tokens", type=flags.positive, default=32, help="tokens each; the first by the prefill")
     parser.add_argument("--repeats", type=flags.positive, default=5, help="timed turns of each model")
     parser.add_argument("--threads", type=flags.positive, default=None, help="CPU threads; torch's choice when absent")
@@ -78,9 +87,9 @@ def main(argv=None):
     parser, args = parse_args(argv)
     import torch
 
+    from lib.files import to_json, write_json
     from lib.measure import device_name, interleaved
     from lib.model import default_device, dtype_note
-    from lib.orders import to_json, write_json
 
     args.device = args.device or default_device()
     if args.threads:
@@ -90,8 +99,10 @@ def main(argv=None):
         subjects = load(args, order)
     if order:
         flags.warn_of_order(first_of(args), meta, order)
-    print(f"compute       {args.device} ({device_name(args.device)}), {args.compute_dtype}, "
-          f"{torch.get_num_threads()} thread(s)")  # fmt: skip
+    print(
+        f"compute       {args.device} ({device_name(args.device)}), {args.compute_dtype}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
     if note := dtype_note(args.device, args.compute_dtype):
         print(f"note          {note}")
     if args.ppl_search_file:
@@ -115,10 +126,18 @@ def main(argv=None):
     print()
     print_speeds(models)
     summary = {
-        "device": args.device, "device_name": device_name(args.device), "threads": torch.get_num_threads(),
-        "dtype": args.compute_dtype, "order_file": args.ppl_search_file, "new_tokens": args.new_tokens,
-        "repeats": args.repeats, "warm_up": 1, "seed": SEED, "versions": flags.versions(), "models": models,
-    }  # fmt: skip
+        "device": args.device,
+        "device_name": device_name(args.device),
+        "threads": torch.get_num_threads(),
+        "dtype": args.compute_dtype,
+        "order_file": args.ppl_search_file,
+        "new_tokens": args.new_tokens,
+        "repeats": args.repeats,
+        "warm_up": 1,
+        "seed": SEED,
+        "versions": flags.versions(),
+        "models": models,
+    }
     if args.output_path:
         write_json(args.output_path, summary)
     if args.plot:
@@ -150,14 +169,18 @@ def check(args):
     for path, model in zip(args.models, bare, strict=True):
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions and most > positions:
-            raise ValueError(f"--prompt-lengths {max(args.prompt_lengths)} --new-tokens {args.new_tokens}: {path} has "
-                             f"{positions} positions; use {positions} tokens or fewer in all")  # fmt: skip
+            raise ValueError(
+                f"--prompt-lengths {max(args.prompt_lengths)} --new-tokens {args.new_tokens}: {path} has "
+                f"{positions} positions; use {positions} tokens or fewer in all"
+            )
     order, meta = read_removals(args, bare[0]) if args.ppl_search_file else (None, {})
     need, free = sum(map(parameter_count, bare)) * DTYPES[args.compute_dtype].itemsize, free_memory(args.device)
     if need > free:
-        raise ValueError(f"{' '.join(args.models)}: {need / 2**30:,.1f} GiB of weights in {args.compute_dtype}, but "
-                         f"{free / 2**30:,.1f} GiB are free on {args.device}; compare fewer models at a time, or in a "
-                         "smaller --compute-dtype")  # fmt: skip
+        raise ValueError(
+            f"{' '.join(args.models)}: {need / 2**30:,.1f} GiB of weights in {args.compute_dtype}, but "
+            f"{free / 2**30:,.1f} GiB are free on {args.device}; compare fewer models at a time, or in a "
+            "smaller --compute-dtype"
+        )
     return min(model.config.get_text_config().vocab_size for model in bare), order, meta
 
 
@@ -174,28 +197,34 @@ def check_plot(path):
 
 def read_removals(args, bare):
     """Return (the most removals, meta); raise ValueError where the order, or a K, does not fit the model `bare`."""
-    from lib.blocks import find_layers
+    from lib.decoder import find_layers
 
     one = first_of(args)
     order, meta = flags.read_removals(one)
     removed, n_layers = flags.check_removals(one, order, meta, bare), len(find_layers(bare))
     if sum(block.kind == "mha" for block in removed) == n_layers:
-        raise ValueError(f"--del-block-num {one.del_block_num}: removes all {n_layers} attentions, so there is no KV "
-                         "cache to decode with; use fewer")  # fmt: skip
+        raise ValueError(
+            f"--del-block-num {one.del_block_num}: removes all {n_layers} attentions, so there is no KV "
+            "cache to decode with; use fewer"
+        )
     return removed, meta
 
 
 def first_of(args):
     """Return the flags of the first model without the most of its blocks, as other scripts name them."""
-    return argparse.Namespace(model_path=args.models[0], ppl_search_file=args.ppl_search_file, del_ratio=None,
-                              del_block_num=max(args.del_block_num))  # fmt: skip
+    return argparse.Namespace(
+        model_path=args.models[0],
+        ppl_search_file=args.ppl_search_file,
+        del_ratio=None,
+        del_block_num=max(args.del_block_num),
+    )
 
 
 def free_memory(device):
     """Return the bytes free where models will be: plain "cuda" spreads a large one over all visible GPUs."""
     import torch
 
-    from lib.trajectories import free_bytes
+    from lib.memory import free_bytes
 
     if device == "cuda":
         return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
@@ -204,7 +233,7 @@ def free_memory(device):
 
 def load(args, order):
     """Return the Subjects; with an order they share one model's weights."""
-    from lib.blocks import Decoder
+    from lib.decoder import Decoder
     from lib.model import load_model
 
     models = [load_model(path, args.compute_dtype, args.device, args.trust_remote_code) for path in args.models]
@@ -227,12 +256,15 @@ def summarise(B, T, new_tokens, runs):
 
     prefill, decode = [run.prefill_seconds for run in runs], [run.decode_seconds for run in runs]
     return {
-        "batch_size": B, "prompt_length": T, "prefill_seconds": prefill, "decode_seconds": decode,
+        "batch_size": B,
+        "prompt_length": T,
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
         "first_token_seconds": spread(prefill)._asdict(),
         "prefill_tokens_per_second": spread([B * T / s for s in prefill])._asdict(),
         "decode_tokens_per_second": spread([B * (new_tokens - 1) / s for s in decode])._asdict(),
         "kv_cache_bytes": runs[0].cache_bytes,
-    }  # fmt: skip
+    }
 
 
 def describe(subject, ids, device):
@@ -246,14 +278,18 @@ def describe(subject, ids, device):
     with subject.alone():
         model, weights, kv = subject.model, weight_bytes(subject.model), count_kv(subject.model)
         return {
-            "name": subject.name, "path": subject.path, "model_class": type(model).__name__,
+            "name": subject.name,
+            "path": subject.path,
+            "model_class": type(model).__name__,
             "removed": [str(block) for block in subject.removed],
-            "parameters": parameter_count(model), "weight_bytes": weights,
+            "parameters": parameter_count(model),
+            "weight_bytes": weights,
             "kv_bytes_per_token": kv and kv.per_token,
             "kv_bytes_per_token_measured": kv_per_token(model, subject.cache),
-            "kv_sliding_bytes_per_token": kv and kv.sliding, "sliding_window": kv and kv.window,
+            "kv_sliding_bytes_per_token": kv and kv.sliding,
+            "sliding_window": kv and kv.window,
             "peak_bytes": weights + peak_memory(lambda: subject.generate(ids, 1), device),
-        }  # fmt: skip
+        }
 
 
 def print_sizes(models, B, T):
@@ -273,8 +309,10 @@ def print_sizes(models, B, T):
     flags.print_aligned(rows)
     for model in models:
         if model["kv_sliding_bytes_per_token"]:
-            print(f"{model['name']}: {model['kv_sliding_bytes_per_token']:,} of its KV bytes/token stop growing at a "
-                  f"window of {model['sliding_window']:,} tokens")  # fmt: skip
+            print(
+                f"{model['name']}: {model['kv_sliding_bytes_per_token']:,} of its KV bytes/token stop growing at a "
+                f"window of {model['sliding_window']:,} tokens"
+            )
 
 
 def print_speeds(models):
@@ -302,7 +340,7 @@ def draw(path, summary):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from lib.orders import write_file
+    from lib.files import write_file
 
     models = summary["models"]
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -315,8 +353,9 @@ def draw(path, summary):
             errors = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
             at = [i + (m - (len(models) - 1) / 2) * width for i in range(len(spreads))]
             axes.bar(at, medians, width, yerr=errors, capsize=3, label=model["name"])
-        axes.set_xticks(range(len(models[0]["speed"])),
-                        [f"{s['batch_size']} x {s['prompt_length']}" for s in models[0]["speed"]])  # fmt: skip
+        axes.set_xticks(
+            range(len(models[0]["speed"])), [f"{s['batch_size']} x {s['prompt_length']}" for s in models[0]["speed"]]
+        )
         axes.set_xlabel("prompts x tokens")
         axes.set_ylabel("tokens/s")
         axes.set_title(f"{what}, {summary['dtype']} on {summary['device']}")

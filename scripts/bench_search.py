@@ -11,6 +11,7 @@ removal at the fraction x of the depth.
         --data-dir data --cal-nsamples 8 --ppl-eval-seqlen 512 --del-block-num 12
     python -m scripts.bench_search --random-config llama2-7b --device cuda --tokens 32768 --del-block-num 20
 """
+
 import math
 import statistics
 import time
@@ -38,11 +39,16 @@ def parse_args(argv=None):
     engines = ("exhaustive", "cached", "race", "streamed")
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3], help="engines to time")
     parser.add_argument("--rounds", type=flags.positive, default=1, help="times everything is run; medians are shown")
-    parser.add_argument("--exhaustive-steps", type=flags.positive, default=None,
-                        help="time so many exhaustive removals, scale by the block forwards of all")  # fmt: skip
+    parser.add_argument(
+        "--exhaustive-steps",
+        type=flags.positive,
+        default=None,
+        help="time so many exhaustive removals, scale by the block forwards of all",
+    )
     parser.add_argument("--cache-gb", type=flags.size, default=None, help="memory for kept states, GiB")
-    parser.add_argument("--race-confidence", type=flags.size, default=flags.RACE_CONFIDENCE,
-                        help="as in block_search.py")  # fmt: skip
+    parser.add_argument(
+        "--race-confidence", type=flags.size, default=flags.RACE_CONFIDENCE, help="as in block_search.py"
+    )
     parser.add_argument("--race-batch-size", type=flags.positive, default=1, help="windows per decision of the race")
     parser.add_argument("--output-path", help="result file (.json)", default=None)
     args = parser.parse_args(argv)
@@ -54,11 +60,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.blocks import Decoder
+    from lib.decoder import Decoder
     from lib.evaluate import window_losses
+    from lib.files import to_json, write_json
     from lib.measure import device_name
     from lib.model import check_device, default_device, parameter_count
-    from lib.orders import to_json, write_json
     from lib.search import NoFiniteCandidate
 
     args.device = args.device or default_device()
@@ -70,12 +76,14 @@ def main(argv=None):
     blocks, K = decoder.blocks(args.block_type), args.del_block_num
     if K >= len(blocks):
         parser.error(f"--del-block-num {K}: {len(blocks)} blocks; use 1..{len(blocks) - 1}")
-    print(f"model    {args.model_path or args.random_config} / {args.scale}: {parameter_count(model):,} parameters, "
-          f"{args.device}, {args.compute_dtype}")  # fmt: skip
+    print(
+        f"model    {args.model_path or args.random_config} / {args.scale}: {parameter_count(model):,} parameters, "
+        f"{args.device}, {args.compute_dtype}"
+    )
     print(f"text     {len(windows)} windows of {windows.shape[1]} = {windows.numel():,} tokens, K = {K}", flush=True)
 
     if args.cache_gb is None:
-        from lib.trajectories import rooms
+        from lib.memory import rooms
 
         keeping = sum(name != "exhaustive" for name in args.engines)
         args.cache_gb = sum(rooms(decoder.devices).values()) / max(1, keeping) / 2**30
@@ -111,12 +119,21 @@ def main(argv=None):
     if formula:
         print(f"formula  {formula:.2f} times fewer block forwards for this order, with everything kept")
     summary = {
-        "model": args.model_path or args.random_config, "scale": args.scale, "device": device_name(args.device),
-        "dtype": args.compute_dtype, "windows": len(windows), "seqlen": windows.shape[1], "K": K,
-        "batch_size": args.ppl_eval_batch_size, "cache_gb": args.cache_gb, "rounds": args.rounds,
-        "formula_ratio": formula, "matrix_peak_tflops_per_second": peak, "versions": flags.versions(),
+        "model": args.model_path or args.random_config,
+        "scale": args.scale,
+        "device": device_name(args.device),
+        "dtype": args.compute_dtype,
+        "windows": len(windows),
+        "seqlen": windows.shape[1],
+        "K": K,
+        "batch_size": args.ppl_eval_batch_size,
+        "cache_gb": args.cache_gb,
+        "rounds": args.rounds,
+        "formula_ratio": formula,
+        "matrix_peak_tflops_per_second": peak,
+        "versions": flags.versions(),
         "engines": results,
-    }  # fmt: skip
+    }
     if args.output_path:
         write_json(args.output_path, summary)
     print(to_json(summary))
@@ -175,14 +192,20 @@ def compared(name, steps):
     other = next((e for e in ("cached", "exhaustive", "streamed") if e != name and e in steps), None)
     both = list(zip(steps[name], steps.get(other, ()), strict=False))
     if not both:
-        return {"compared_with": None, "removals_compared": 0, "same_order": None, "same_scores": None,
-                "perplexity_off_percent": None}  # fmt: skip
+        return {
+            "compared_with": None,
+            "removals_compared": 0,
+            "same_order": None,
+            "same_scores": None,
+            "perplexity_off_percent": None,
+        }
     return {
-        "compared_with": other, "removals_compared": len(both),
+        "compared_with": other,
+        "removals_compared": len(both),
         "same_order": all(a.block == b.block for a, b in both),
         "same_scores": all(a.scores == b.scores for a, b in both),
         "perplexity_off_percent": 100 * (both[-1][0].perplexity / both[-1][1].perplexity - 1),
-    }  # fmt: skip
+    }
 
 
 def summarise(name, args, runs, n, total):
@@ -257,9 +280,14 @@ def random_model(args):
     if hidden < 2 or hidden % (2 * heads) or heads % kv_heads:
         raise ValueError(f"--scale {s}: {shape[0]} dimensions and {shape[3]} heads do not divide so; use 2, 4, 8 or 16")
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab, max_position_embeddings=max(4096, args.ppl_eval_seqlen),
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        max_position_embeddings=max(4096, args.ppl_eval_seqlen),
+    )
     flags.check_seqlen(config, args.ppl_eval_seqlen)
     torch.manual_seed(args.seed)
     with torch.device(args.device):
@@ -302,14 +330,21 @@ def matrix_peak(args, n=8192):
 def print_table(results):
     rows = ["engine seconds speed-up block-forwards fewer head-forwards tokens/s peak-MiB order scores ppl-off".split()]
     for name, r in results.items():
-        rows.append([
-            name + ("*" if r["scaled_by"] > 1 else ""), f"{r['seconds']:.1f}",
-            f"{r['speedup']:.2f}x" if "speedup" in r else "-", f"{r['block_forwards']:,.0f}",
-            f"{r['fewer_block_forwards']:.2f}x" if "fewer_block_forwards" in r else "-", f"{r['head_forwards']:,.0f}",
-            f"{r['tokens_per_second']:,.0f}", f"{r['peak_memory_mib']:,.0f}",
-            told(r, "same_order", "DIFFERS"), told(r, "same_scores", "differ"),
-            "-" if r["perplexity_off_percent"] is None else f"{r['perplexity_off_percent']:+.3f}%",
-        ])  # fmt: skip
+        rows.append(
+            [
+                name + ("*" if r["scaled_by"] > 1 else ""),
+                f"{r['seconds']:.1f}",
+                f"{r['speedup']:.2f}x" if "speedup" in r else "-",
+                f"{r['block_forwards']:,.0f}",
+                f"{r['fewer_block_forwards']:.2f}x" if "fewer_block_forwards" in r else "-",
+                f"{r['head_forwards']:,.0f}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{r['peak_memory_mib']:,.0f}",
+                told(r, "same_order", "DIFFERS"),
+                told(r, "same_scores", "differ"),
+                "-" if r["perplexity_off_percent"] is None else f"{r['perplexity_off_percent']:+.3f}%",
+            ]
+        )
     flags.print_aligned(rows)
     if any(r["scaled_by"] > 1 for r in results.values()):
         print("* timed on its first removals and scaled by the exact number of block forwards")

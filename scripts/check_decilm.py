@@ -6,6 +6,7 @@ mlx-lm needs, beside this one.
 
     bash scripts/check_decilm.sh pruned --model-path models/SmolLM2-135M --text wikitext2.txt
 """
+
 import json
 import subprocess
 import tempfile
@@ -28,7 +29,7 @@ def main(argv=None):
     import numpy as np
     import torch
 
-    from lib.orders import to_json
+    from lib.files import to_json
 
     with parser.user_errors():
         info = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8")).get("pruning_info")

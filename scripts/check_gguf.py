@@ -5,7 +5,9 @@ token, through its KV cache, behind a prompt of half of it. Needs `pip install x
 
     python -m scripts.check_gguf pruned/model.gguf --model-path models/SmolLM2-135M --text wikitext2.txt
 """
-from scripts import flags, llamacpp
+
+from lib.export import runtimes as llamacpp
+from scripts import flags
 
 
 def parse_args(argv=None):
@@ -27,8 +29,8 @@ def main(argv=None):
     parser, args = parse_args(argv)
     import torch
 
-    from lib.export_gguf import read_info
-    from lib.orders import to_json
+    from lib.export.gguf import read_info
+    from lib.files import to_json
 
     with parser.user_errors():
         removed = read_info(args.file)["removed"]
@@ -55,9 +57,9 @@ def masked_logits(model_path, removed, text, n):
     """
     import torch
 
-    from lib.blocks import Decoder
+    from lib.blocks import parse_block
+    from lib.decoder import Decoder
     from lib.model import load_model, load_tokenizer
-    from lib.orders import parse_block
 
     with open(text, encoding="utf-8") as file:
         ids = load_tokenizer(model_path).encode(file.read(40 * n))[:n]

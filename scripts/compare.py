@@ -9,6 +9,7 @@ methods, ratios, texts or tasks computes only what is new. Writes compare.json, 
     python -m scripts.compare --model-path models/Llama-2-7b-hf --device cuda --output-dir results/llama2_7b \\
         --methods blockpruner sleb bi rm laco random --ratios 0.1 0.2 0.25
 """
+
 import argparse
 import hashlib
 import math
@@ -16,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from lib.cells import METHODS, SEEDED, Bench, Job, Text, fill
 from scripts import flags
-from scripts.cells import METHODS, SEEDED, Bench, Job, Text, fill
 
 FEW = 10  # windows below which a text is a demonstration
 
@@ -25,29 +26,70 @@ FEW = 10  # windows below which a text is a demonstration
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     flags.add_model_flags(parser)
-    parser.add_argument("--methods", nargs="+", type=method, metavar="METHOD",
-                        default=["blockpruner", "sleb", "bi", "rm", "random"],
-                        help=f"rows of the table: {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--ratios", nargs="+", type=flags.share, default=[0.1, 0.2, 0.25], metavar="R",
-                        help="shares of the parameters that must go at least")  # fmt: skip
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=method,
+        metavar="METHOD",
+        default=["blockpruner", "sleb", "bi", "rm", "random"],
+        help=f"rows of the table: {', '.join(METHODS)}",
+    )
+    parser.add_argument(
+        "--ratios",
+        nargs="+",
+        type=flags.share,
+        default=[0.1, 0.2, 0.25],
+        metavar="R",
+        help="shares of the parameters that must go at least",
+    )
     parser.add_argument("--seeds", nargs="+", type=flags.count, default=[0, 1, 2], metavar="N", help="draws of random")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=256, help="documents to calibrate on")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=None)
-    parser.add_argument("--search", choices=("cached", "race"), default="cached",
-                        help="of the greedy methods; cached: exact; race: approximate, faster")  # fmt: skip
-    parser.add_argument("--eval-datasets", nargs="+", default=["wikitext2", "alpaca"], metavar="TEXT",
-                        help="texts of the perplexities, as --cal-dataset; documents calibrated on are left out")
-    parser.add_argument("--eval-nsamples", type=flags.positive, default=None,
-                        help="documents to draw from each of these; all when absent")  # fmt: skip
-    parser.add_argument("--tasks", nargs="*", metavar="TASK", help="zero-shot tasks; none when empty",
-                        default=["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"])  # fmt: skip
-    parser.add_argument("--task-ratios", nargs="+", type=flags.fraction, default=None, metavar="R",
-                        help="ratios at which tasks are run; all when absent")  # fmt: skip
+    parser.add_argument(
+        "--search",
+        choices=("cached", "race"),
+        default="cached",
+        help="of the greedy methods; cached: exact; race: approximate, faster",
+    )
+    parser.add_argument(
+        "--eval-datasets",
+        nargs="+",
+        default=["wikitext2", "alpaca"],
+        metavar="TEXT",
+        help="texts of the perplexities, as --cal-dataset; documents calibrated on are left out",
+    )
+    parser.add_argument(
+        "--eval-nsamples",
+        type=flags.positive,
+        default=None,
+        help="documents to draw from each of these; all when absent",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="*",
+        metavar="TASK",
+        help="zero-shot tasks; none when empty",
+        default=["piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge"],
+    )
+    parser.add_argument(
+        "--task-ratios",
+        nargs="+",
+        type=flags.fraction,
+        default=None,
+        metavar="R",
+        help="ratios at which tasks are run; all when absent",
+    )
     parser.add_argument("--task-data", default=None, help="folder with the five tasks' .jsonl files; else the hub")
     parser.add_argument("--num-fewshot", type=flags.count, default=0, help="examples in each task's prompt")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="requests per forward in tasks")
-    parser.add_argument("--limit", nargs="+", metavar="[NAME=]N", type=flags.limit, default=[],
-                        help="first N windows and items only, or N of one text or task; labelled")  # fmt: skip
+    parser.add_argument(
+        "--limit",
+        nargs="+",
+        metavar="[NAME=]N",
+        type=flags.limit,
+        default=[],
+        help="first N windows and items only, or N of one text or task; labelled",
+    )
     parser.add_argument("--measure", action="store_true", help="also how many times faster than the dense model")
     parser.add_argument("--output-dir", default="results/compare", help="folder of everything; made when missing")
     args = parser.parse_args(argv)
@@ -71,9 +113,10 @@ def method(name):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.blocks import Decoder
-    from lib.model import default_device, dtype_note, fingerprint, load_model, load_tokenizer, parameter_count
-    from lib.orders import to_json
+    from lib.decoder import Decoder
+    from lib.files import to_json
+    from lib.hub import fingerprint
+    from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
 
     args.device = args.device or default_device()
     start = time.perf_counter()
@@ -84,8 +127,17 @@ def main(argv=None):
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         for text in (calibration, *texts):
             flags.check_tokens(text.windows, model)
-        bench = Bench(args, Decoder(model), tokenizer, corpus, calibration, texts, parameter_count(model),
-                      fingerprint(args.model_path), {})  # fmt: skip
+        bench = Bench(
+            args,
+            Decoder(model),
+            tokenizer,
+            corpus,
+            calibration,
+            texts,
+            parameter_count(model),
+            fingerprint(args.model_path),
+            {},
+        )
     jobs = list_jobs(args)
     summary = describe(bench)
     print("\n".join(caption(summary)))
@@ -106,10 +158,19 @@ def main(argv=None):
     summary["seconds"] = time.perf_counter() - start
     page = write_tables(bench, summary)
     failed = sum(bool(row["failed"] or row["incomplete"]) for row in summary["rows"])
-    print(to_json({
-        "result": str(bench.folder / "compare.json"), "page": page and str(page), "cells": len(jobs), "failed": failed,
-        "measurements": measured, "reduced": summary["reduced"], "seconds": summary["seconds"],
-    }))  # fmt: skip
+    print(
+        to_json(
+            {
+                "result": str(bench.folder / "compare.json"),
+                "page": page and str(page),
+                "cells": len(jobs),
+                "failed": failed,
+                "measurements": measured,
+                "reduced": summary["reduced"],
+                "seconds": summary["seconds"],
+            }
+        )
+    )
 
 
 # ---- before the model ----------------------------------------------------------------------------
@@ -119,10 +180,9 @@ def check(args):
     """Raise ValueError for whatever flags, files and the configuration already tell."""
     import eval as evaluation  # the builtin keeps its name
     from lib import tasks
-    from lib.blocks import find_layers
-    from lib.checkpoint import check_whole
     from lib.data import check_dataset
-    from lib.model import check_device, skeleton
+    from lib.decoder import find_layers
+    from lib.model import check_device, check_whole, skeleton
 
     check_device(args.device)
     check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
@@ -186,11 +246,19 @@ def cut(args, name, corpus, documents, tokenizer, limit):
     from lib import data
 
     windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)[:limit]
-    return Text(name, windows, {
-        "source": corpus.source, "split": corpus.split, "documents": len(documents), "windows": len(windows),
-        "seqlen": args.ppl_eval_seqlen, "tokens": windows.numel(),
-        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-    })  # fmt: skip
+    return Text(
+        name,
+        windows,
+        {
+            "source": corpus.source,
+            "split": corpus.split,
+            "documents": len(documents),
+            "windows": len(windows),
+            "seqlen": args.ppl_eval_seqlen,
+            "tokens": windows.numel(),
+            "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        },
+    )
 
 
 def list_jobs(args):
@@ -208,7 +276,7 @@ def list_jobs(args):
 def finish(bench, summary, losses):
     """Put perplexities and their errors into the rows so far, and write compare.json."""
     from lib.evaluate import paired_difference, perplexity
-    from lib.orders import write_json
+    from lib.files import write_json
 
     rows = list(zip(losses, summary["rows"], strict=True))
     for text in bench.texts:
@@ -246,23 +314,36 @@ def describe(bench):
     args = bench.args
     settings = {
         "methods": {name: METHODS[name][1] for name in dict.fromkeys(args.methods)},
-        "ratios": args.ratios, "seeds": args.seeds, "seed": args.seed, "search": args.search,
-        "batch_size": args.ppl_eval_batch_size, "dtype": args.compute_dtype, "device": args.device,
+        "ratios": args.ratios,
+        "seeds": args.seeds,
+        "seed": args.seed,
+        "search": args.search,
+        "batch_size": args.ppl_eval_batch_size,
+        "dtype": args.compute_dtype,
+        "device": args.device,
         "calibration": {"name": bench.calibration.name, **bench.calibration.about},
-        "tasks": args.tasks, "task_ratios": args.task_ratios, "num_fewshot": args.num_fewshot,
+        "tasks": args.tasks,
+        "task_ratios": args.task_ratios,
+        "num_fewshot": args.num_fewshot,
         "limit": {str(name or "all"): n for name, n in args.limit.items()},
-    }  # fmt: skip
+    }
     reduced = [f"NOT A RESULT, --limit: {' '.join(f'{k}={v}' for k, v in settings['limit'].items())}"]
     reduced = reduced if args.limit else []
     for name, text in (("calibration", bench.calibration), *((text.name, text) for text in bench.texts)):
         if len(text.windows) < FEW:
             reduced.append(f"FEW WINDOWS: {name} is {len(text.windows)} windows of {text.windows.shape[1]} tokens")
     return {
-        "kind": "compare", "model": args.model_path, "layers": bench.decoder.n_layers, "parameters": bench.parameters,
-        "weights": bench.weights, "reduced": reduced, "settings": settings,
+        "kind": "compare",
+        "model": args.model_path,
+        "layers": bench.decoder.n_layers,
+        "parameters": bench.parameters,
+        "weights": bench.weights,
+        "reduced": reduced,
+        "settings": settings,
         "texts": {text.name: text.about for text in bench.texts},
-        "versions": flags.versions(), "rows": [],
-    }  # fmt: skip
+        "versions": flags.versions(),
+        "rows": [],
+    }
 
 
 def caption(summary):
@@ -271,8 +352,10 @@ def caption(summary):
 
     def text(name, about):
         left = f", {about['left_out']} calibrated on left out" if about.get("left_out") else ""
-        return (f"{about['documents']:,} documents of {about['source']} ({about['split'] or 'whole file'}{left}), "
-                f"{about['windows']} windows of {about['seqlen']} = {about['tokens']:,} tokens")  # fmt: skip
+        return (
+            f"{about['documents']:,} documents of {about['source']} ({about['split'] or 'whole file'}{left}), "
+            f"{about['windows']} windows of {about['seqlen']} = {about['tokens']:,} tokens"
+        )
 
     lines = [
         f"model         {summary['model']}: {summary['parameters']:,} parameters, {summary['layers']} layers",
@@ -294,14 +377,16 @@ def told(job, row, new):
     if row["incomplete"]:
         numbers.append(f"failed: {row['incomplete']}")
     kept = "" if new else "  (kept)"
-    return (f"{job!s:22s} {row['ratio']:5.4g} %  {len(row['removed']):3d} blocks, {row['removed_percent']:6.2f} %  "
-            f"{'  '.join(numbers)}{kept}")  # fmt: skip
+    return (
+        f"{job!s:22s} {row['ratio']:5.4g} %  {len(row['removed']):3d} blocks, {row['removed_percent']:6.2f} %  "
+        f"{'  '.join(numbers)}{kept}"
+    )
 
 
 def write_tables(bench, summary):
     """Write and print the table, then draw the page; return the page's path, None where it cannot be drawn."""
-    from lib import tables
-    from lib.orders import write_file, write_json
+    from lib.files import write_file, write_json
+    from lib.report import tables
     from scripts.report import write_report
 
     table, lines = tables.results_table(summary["rows"]), caption(summary)

@@ -3,6 +3,7 @@
     python -m scripts.export --model-path models/Llama-2-7b-hf --output-dir models/Llama-2-7b-17 \\
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json --del-block-num 17
 """
+
 from scripts import flags
 
 
@@ -11,12 +12,20 @@ def parse_args(argv=None):
     parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised, but for gguf)")
     flags.add_removal_flags(parser, required=True)
     parser.add_argument("--output-dir", help="folder of the new checkpoint; made when missing")
-    parser.add_argument("--format", default="auto", choices=("auto", "stock", "hf", "decilm", "gguf", "zeroed"),
-                        help="stock: plain checkpoint with fewer layers; hf: brings a modeling file; "
-                             "auto: stock, else hf; decilm: for vLLM, SGLang and mlx-lm; gguf: for llama.cpp, "
-                             "a .gguf file's weights as they are; zeroed: full size, for comparison")  # fmt: skip
-    parser.add_argument("--compute-dtype", choices=flags.DTYPES, default=None,
-                        help="dtype of the new weights; as they are stored when absent (.gguf: bf16)")  # fmt: skip
+    parser.add_argument(
+        "--format",
+        default="auto",
+        choices=("auto", "stock", "hf", "decilm", "gguf", "zeroed"),
+        help="stock: plain checkpoint with fewer layers; hf: brings a modeling file; "
+        "auto: stock, else hf; decilm: for vLLM, SGLang and mlx-lm; gguf: for llama.cpp, "
+        "a .gguf file's weights as they are; zeroed: full size, for comparison",
+    )
+    parser.add_argument(
+        "--compute-dtype",
+        choices=flags.DTYPES,
+        default=None,
+        help="dtype of the new weights; as they are stored when absent (.gguf: bf16)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python that the model brings along")
     args = parser.parse_args(argv)
@@ -31,25 +40,34 @@ def main(argv=None):
     with parser.user_errors():
         order, meta = flags.read_removals(args)
         flags.check_folder(args.output_dir, "--output-dir")
-        from lib.export import export
-        from lib.export_folder import check_target
+        from lib.export.folder import check_target
+        from lib.export.write import export
+        from lib.files import to_json
         from lib.model import skeleton
-        from lib.orders import to_json
 
         check_target(args.output_dir, args.model_path, args.overwrite)
         removed = flags.check_removals(args, order, meta, skeleton(args.model_path, args.trust_remote_code))
         result = export(
-            args.model_path, removed, args.output_dir, args.format, args.compute_dtype, args.overwrite,
-            args.trust_remote_code, meta, flags.versions(),
-        )  # fmt: skip
+            args.model_path,
+            removed,
+            args.output_dir,
+            args.format,
+            args.compute_dtype,
+            args.overwrite,
+            args.trust_remote_code,
+            meta,
+            flags.versions(),
+        )
     flags.warn_of_order(args, meta, removed)
     print(f"model         {args.model_path}: {result['dense_parameters']:,} parameters")
     print(f"removed       {len(removed)} blocks: {' '.join(map(str, removed)) or 'none'}")
     print(f"left          {result['parameters']:,} parameters, pruning ratio {result['removed_percent']:.2f} %")
     print(f"format        {result['format']}")
     if "stored_parameters" in result:
-        print(f"stored        {result['stored_parameters']:,} parameters: a head of its own, wider MLPs, and "
-              "zeros where runtimes expect weights")  # fmt: skip
+        print(
+            f"stored        {result['stored_parameters']:,} parameters: a head of its own, wider MLPs, and "
+            "zeros where runtimes expect weights"
+        )
     if result["format"] == "zeroed":
         print("note          the removed blocks are zero, not gone: this checkpoint is as large and slow as its base")
     print(f"export        {args.output_dir}, {result['bytes'] / 2**20:,.1f} MiB")

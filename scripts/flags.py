@@ -1,4 +1,5 @@
 """The command line that block_search.py and eval.py share: flags, one-line errors, early checks."""
+
 import argparse
 import contextlib
 import os
@@ -14,9 +15,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
+            description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
         )
 
     def error(self, message):
@@ -61,8 +60,13 @@ def add_removal_flags(parser, required=False):
     parser.add_argument("--ppl-search-file", help="order file to replay; not needed for the dense model", default=None)
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--del-block-num", type=count, default=None, help="removals to replay")
-    group.add_argument("--del-ratio", type=fraction, default=None, metavar="R",
-                       help="fewest removals that take this share of the parameters, from 0 to 1")  # fmt: skip
+    group.add_argument(
+        "--del-ratio",
+        type=fraction,
+        default=None,
+        metavar="R",
+        help="fewest removals that take this share of the parameters, from 0 to 1",
+    )
 
 
 def add_text_flags(parser, dataset, batch_size):
@@ -144,19 +148,22 @@ def read_removals(args):
         return [], {}
     order, meta = read_order(args.ppl_search_file)
     if args.del_block_num is None and args.del_ratio is None:
-        raise ValueError(f"--ppl-search-file {args.ppl_search_file}: how many of its {len(order)} removals? give "
-                         "--del-block-num or --del-ratio (0 measures the dense model)")  # fmt: skip
+        raise ValueError(
+            f"--ppl-search-file {args.ppl_search_file}: how many of its {len(order)} removals? give "
+            "--del-block-num or --del-ratio (0 measures the dense model)"
+        )
     if (args.del_block_num or 0) > len(order):
-        raise ValueError(f"--del-block-num {args.del_block_num}: {args.ppl_search_file} holds {len(order)} "
-                         f"removals; use 0..{len(order)}")  # fmt: skip
+        raise ValueError(
+            f"--del-block-num {args.del_block_num}: {args.ppl_search_file} holds {len(order)} "
+            f"removals; use 0..{len(order)}"
+        )
     return order, meta
 
 
 def check_removals(args, order, meta, bare):
     """Return the removals to replay on the model `bare`, weights not needed; raise ValueError for another model's."""
-    from lib.blocks import block_parameters, find_layers
-    from lib.checkpoint import check_whole
-    from lib.model import parameter_count
+    from lib.decoder import block_parameters, find_layers
+    from lib.model import check_whole, parameter_count
     from lib.orders import check_order
 
     layers = find_layers(bare)
@@ -184,8 +191,11 @@ def warn_of_order(args, meta, removed):
         print(f"warning: the order was searched on {searched}", file=sys.stderr)
     window = meta.get("window")
     if isinstance(window, int) and 0 < len(removed) < 2 * window:
-        print(f"warning: {len(removed)} of {2 * window} blocks of a run of {window} layers that was chosen as a whole; "
-              "for less, search with a smaller --del-block-num", file=sys.stderr)
+        print(
+            f"warning: {len(removed)} of {2 * window} blocks of a run of {window} layers that was chosen as a whole; "
+            "for less, search with a smaller --del-block-num",
+            file=sys.stderr,
+        )
 
 
 def check_folder(folder, flag):

@@ -6,6 +6,7 @@ were merged, at which similarity. Any runtime loads it; eval.py measures it like
     python -m scripts.laco --model-path models/Llama-2-7b-hf --target-ratio 0.2 --output-dir Llama-2-7b-laco
     python eval.py --model-path Llama-2-7b-laco
 """
+
 import time
 from pathlib import Path
 
@@ -17,19 +18,36 @@ def parse_args(argv=None):
     flags.add_model_flags(parser)
     parser.add_argument("--output-dir", default=None, help="folder of the checkpoint; made when missing")
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--threshold", type=flags.fraction, default=None,
-                        help="least mean cosine with the dense model's final states; the paper's is 0.65 to 0.75")
-    amount.add_argument("--del-layer-num", type=flags.positive, default=None,
-                        help="layers to remove; the threshold is searched")  # fmt: skip
-    amount.add_argument("--target-ratio", type=flags.share, default=None,
-                        help="remove the fewest layers that reach this share of all parameters")  # fmt: skip
-    parser.add_argument("--merge-layers", type=flags.positive, default=None,
-                        help="layers merged at a time; 4, or the most of 4, 3, 2 that remove what is asked for")
+    amount.add_argument(
+        "--threshold",
+        type=flags.fraction,
+        default=None,
+        help="least mean cosine with the dense model's final states; the paper's is 0.65 to 0.75",
+    )
+    amount.add_argument(
+        "--del-layer-num", type=flags.positive, default=None, help="layers to remove; the threshold is searched"
+    )
+    amount.add_argument(
+        "--target-ratio",
+        type=flags.share,
+        default=None,
+        help="remove the fewest layers that reach this share of all parameters",
+    )
+    parser.add_argument(
+        "--merge-layers",
+        type=flags.positive,
+        default=None,
+        help="layers merged at a time; 4, or the most of 4, 3, 2 that remove what is asked for",
+    )
     parser.add_argument("--interval", type=flags.positive, default=2, help="layers to go down after a merge")
     parser.add_argument("--lowest", type=flags.count, default=1, help="lowest layer to merge")
     parser.add_argument("--highest", type=flags.positive, default=None, help="first layer not to merge, if any")
-    parser.add_argument("--variant", choices=("paper", "last"), default="paper",
-                        help="paper: sum of differences; last: the topmost projections, as the released notebook does")
+    parser.add_argument(
+        "--variant",
+        choices=("paper", "last"),
+        default="paper",
+        help="paper: sum of differences; last: the topmost projections, as the released notebook does",
+    )
     parser.add_argument("--cal-nsamples", type=flags.positive, default=8, help="documents to draw (not windows)")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint of this script")
@@ -47,11 +65,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.blocks import Decoder
+    from lib.decoder import Decoder
     from lib.evaluate import perplexity, window_losses
+    from lib.files import to_json
     from lib.laco import check_mergeable, check_writable, collapse, write
     from lib.model import default_device, load_model, load_tokenizer, parameter_count
-    from lib.orders import to_json
 
     args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
@@ -65,8 +83,10 @@ def main(argv=None):
         check_writable(decoder)
     L, total = decoder.n_layers, parameter_count(model)
     print(f"model         {args.model_path}: {total:,} parameters, {L} layers, {args.device}, {args.compute_dtype}")
-    print(f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
-          f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens")  # fmt: skip
+    print(
+        f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
+        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens"
+    )
     wanted = f"threshold {args.threshold}" if remove is None else f"{remove} layers to remove"
     print(f"laco          {args.variant}, {merge} layers at a time, {wanted}", flush=True)
     less = "take fewer documents in --cal-nsamples, or a smaller --ppl-eval-batch-size"
@@ -75,36 +95,76 @@ def main(argv=None):
     start, compared = time.perf_counter(), []
     with parser.user_errors(), parser.full_gpu(less):
         collapsed = collapse(
-            decoder, windows, merge, args.interval, args.lowest, args.highest, args.variant, args.threshold, remove,
-            args.ppl_eval_batch_size, lambda: compared.append(1),
-        )  # fmt: skip
+            decoder,
+            windows,
+            merge,
+            args.interval,
+            args.lowest,
+            args.highest,
+            args.variant,
+            args.threshold,
+            remove,
+            args.ppl_eval_batch_size,
+            lambda: compared.append(1),
+        )
         seconds = time.perf_counter() - start
         for place, similarity in collapsed.merges:
             print(f"merged        layers {place}..{place + merge - 1} of what was there, similarity {similarity:.4f}")
-        write(decoder, collapsed, args.output_dir, tokenizer, {
-            "model": args.model_path, "variant": args.variant, "merge_layers": merge, "interval": args.interval,
-            "lowest": args.lowest, "highest": args.highest or L, "dataset": args.cal_dataset, "source": corpus.source,
-            "split": corpus.split, "seed": args.seed, "documents": args.cal_nsamples, "windows": len(windows),
-            "seqlen": args.ppl_eval_seqlen, "dtype": args.compute_dtype, "device": args.device,
-            "comparisons": len(compared), "seconds": seconds, "versions": flags.versions(),
-        })  # fmt: skip
+        write(
+            decoder,
+            collapsed,
+            args.output_dir,
+            tokenizer,
+            {
+                "model": args.model_path,
+                "variant": args.variant,
+                "merge_layers": merge,
+                "interval": args.interval,
+                "lowest": args.lowest,
+                "highest": args.highest or L,
+                "dataset": args.cal_dataset,
+                "source": corpus.source,
+                "split": corpus.split,
+                "seed": args.seed,
+                "documents": args.cal_nsamples,
+                "windows": len(windows),
+                "seqlen": args.ppl_eval_seqlen,
+                "dtype": args.compute_dtype,
+                "device": args.device,
+                "comparisons": len(compared),
+                "seconds": seconds,
+                "versions": flags.versions(),
+            },
+        )
     short = Decoder(model)
     after = perplexity(window_losses(short, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     removed = 100 * (1 - parameter_count(model) / total)
     print(f"perplexity    {dense:.4f} -> {after:.4f} on the calibration text")
-    print(f"size          {L} -> {short.n_layers} layers, removed {removed:.2f} %, {len(compared)} comparisons in "
-          f"{seconds:.1f} s -> {args.output_dir}")  # fmt: skip
-    print(to_json({
-        "checkpoint": str(args.output_dir), "layers": short.n_layers, "dense_layers": L, "removed_percent": removed,
-        "threshold": collapsed.threshold, "merges": collapsed.merges, "dense_perplexity": dense, "perplexity": after,
-        "seconds": seconds,
-    }))  # fmt: skip
+    print(
+        f"size          {L} -> {short.n_layers} layers, removed {removed:.2f} %, {len(compared)} comparisons in "
+        f"{seconds:.1f} s -> {args.output_dir}"
+    )
+    print(
+        to_json(
+            {
+                "checkpoint": str(args.output_dir),
+                "layers": short.n_layers,
+                "dense_layers": L,
+                "removed_percent": removed,
+                "threshold": collapsed.threshold,
+                "merges": collapsed.merges,
+                "dense_perplexity": dense,
+                "perplexity": after,
+                "seconds": seconds,
+            }
+        )
+    )
 
 
 def check(args):
     """Raise ValueError for what flags and configuration tell; return (layers to remove or None, layers a merge)."""
-    from lib.blocks import find_layers
     from lib.candidates import candidates
+    from lib.decoder import find_layers
     from lib.laco import check_range, merge_sizes
     from lib.model import parameter_count
 

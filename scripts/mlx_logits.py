@@ -1,7 +1,8 @@
 """Logits of mlx-lm, for scripts/check_decilm.py: runs in an environment of its own, which has mlx-lm and no torch.
 
-    MLX-PYTHON scripts/mlx_logits.py FOLDER "[5, 77, 200]" OUT.npy
+MLX-PYTHON scripts/mlx_logits.py FOLDER "[5, 77, 200]" OUT.npy
 """
+
 import json
 import sys
 

@@ -6,6 +6,7 @@ page says so. Needs matplotlib; neither torch nor a display.
 
     python -m scripts.report ppls/*_order_list.json results/*.json --output-dir results/report
 """
+
 import csv
 import json
 import math
@@ -36,7 +37,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.orders import to_json
+    from lib.files import to_json
 
     with parser.user_errors():
         flags.check_folder(args.output_dir, "--output-dir")
@@ -58,7 +59,7 @@ def write_report(paths, folder):
 
     Raises ValueError, one line, for a file that is no result, or files that contradict each other.
     """
-    from lib import report
+    from lib.report import pictures as report
 
     once = {Path(path).expanduser().resolve(): path for path in paths}
     results = [result for path in once.values() for result in read_results(path)]
@@ -66,8 +67,11 @@ def write_report(paths, folder):
     notices = reductions(results, comparison_tags(results))
     names = [name for name in models if name]
     if len(names) > 1:
-        notices.insert(0, f"Results of {len(names)} models, each in sections of its own: {', '.join(names)}. "
-                          "Numbers of different models do not compare.")  # fmt: skip
+        notices.insert(
+            0,
+            f"Results of {len(names)} models, each in sections of its own: {', '.join(names)}. "
+            "Numbers of different models do not compare.",
+        )
     nameless = models.get(None, ())
     if len(names) + len(nameless) > 1 and nameless:
         files = ", ".join(str(result.path) for result in nameless)
@@ -109,8 +113,12 @@ def read_results(path):
         searches = [Result(p, "search", content["model"], read_order(p)) for p in beside]
         return [Result(path, "compare", content["model"], content), *searches]
     if isinstance(content, dict) and "pruning_ratio_percent" in content:
-        check_fields(path, content, "a result of eval.py",
-                     ("model", "removed", "dense_parameters", "perplexity", "dense_perplexity", "tasks"))  # fmt: skip
+        check_fields(
+            path,
+            content,
+            "a result of eval.py",
+            ("model", "removed", "dense_parameters", "perplexity", "dense_perplexity", "tasks"),
+        )
         return [Result(path, "eval", content["model"], content)]
     order, meta = read_order(path)
     return [Result(path, "order", meta.get("model"), (order, meta))]
@@ -201,7 +209,7 @@ def reductions(results, tags):
 
 def model_sections(results):
     """Yield (title, {file name: Picture or HTML}) of one model's results, empty ones left out."""
-    from lib import report
+    from lib.report import pictures as report
 
     orders = [r for r in results if r.kind in ("order", "search")]
     rows, texts = result_rows(results)
@@ -297,21 +305,37 @@ def eval_rows(result, texts):
     order = Path(content["order_file"] or "").name.removesuffix(".json").removesuffix("_del_order_list")
     method = order.removeprefix(f"{Path(content['model']).name.removesuffix('.gguf')}_") or "dense"
     shared = {"seed": None, "speed": None, "failed": None, "path": result.path}
-    dense = {**shared, "method": "dense", "label": "dense", "ratio": 0, "removed": [], "removed_percent": 0.0,
-             "perplexity": {name: {"value": content["dense_perplexity"], "error": None}}, "tasks": {}}  # fmt: skip
+    dense = {
+        **shared,
+        "method": "dense",
+        "label": "dense",
+        "ratio": 0,
+        "removed": [],
+        "removed_percent": 0.0,
+        "perplexity": {name: {"value": content["dense_perplexity"], "error": None}},
+        "tasks": {},
+    }
     if not content["removed"]:
         return [{**dense, "tasks": content["tasks"]}]
     percent = content["pruning_ratio_percent"]
     label = f"{method}, {len(content['removed'])} blocks removed"
-    pruned = {**shared, "method": method, "label": label, "ratio": 0, "removed": content["removed"],
-              "removed_percent": percent, "tasks": content["tasks"],
-              "perplexity": {name: {"value": content["perplexity"], "error": None}}}  # fmt: skip
+    pruned = {
+        **shared,
+        "method": method,
+        "label": label,
+        "ratio": 0,
+        "removed": content["removed"],
+        "removed_percent": percent,
+        "tasks": content["tasks"],
+        "perplexity": {name: {"value": content["perplexity"], "error": None}},
+    }
     return [dense, pruned]
 
 
 def result_tables(results, rows):
     """Yield the table of each compare result, and one of all eval results."""
-    from lib import report, tables
+    from lib.report import pictures as report
+    from lib.report import tables
 
     tags = comparison_tags(results)
     for result in results:
@@ -327,7 +351,7 @@ def result_tables(results, rows):
 
 def quality_curves(rows, texts):
     """Yield the pictures of perplexity, and of accuracy, against the parameters removed."""
-    from lib import tables
+    from lib.report import tables
 
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
     rows = [row for row in tables.merge_seeds(rows) if not row.get("failed")]
@@ -340,18 +364,22 @@ def quality_curves(rows, texts):
         yield "perplexity", picture_of_curves(perplexity, methods, "perplexity", percent=False)
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
     accuracy = {"average accuracy, %": lines_of(rows, lambda row: measured_average(row, names))} if names else {}
-    accuracy |= {f"{tables.TITLES.get(name, name)}, %": lines_of(rows, lambda row, n=name: measured_task(row, n))
-                 for name in names}  # fmt: skip
+    accuracy |= {
+        f"{tables.TITLES.get(name, name)}, %": lines_of(rows, lambda row, n=name: measured_task(row, n))
+        for name in names
+    }
     accuracy = {title: lines for title, lines in accuracy.items() if any(name != "dense" for name in lines)}
     if accuracy:
         yield "accuracy", picture_of_curves(accuracy, methods, "accuracy", percent=True)
 
 
 def picture_of_curves(panels, methods, what, percent):
-    from lib import report
+    from lib.report import pictures as report
 
-    ends = [f"{name} {points[-1].value:.2f} at {points[-1].removed:.1f} %"
-            for name, points in next(iter(panels.values())).items()]  # fmt: skip
+    ends = [
+        f"{name} {points[-1].value:.2f} at {points[-1].removed:.1f} %"
+        for name, points in next(iter(panels.values())).items()
+    ]
     caption = (
         f"{what.capitalize()} against the share of parameters removed, one line a method, starting from the dense "
         "model. Bars are standard errors where known (lines of several seeds: standard deviations over seeds). "
@@ -366,7 +394,7 @@ def picture_of_curves(panels, methods, what, percent):
 
 def lines_of(rows, measure):
     """Return {method: list of Point}, each method's line starting at the dense model."""
-    from lib.report import Point
+    from lib.report.pictures import Point
 
     lines, dense = {}, {}
     for row in sorted(rows, key=lambda row: row["removed_percent"]):
@@ -394,7 +422,7 @@ def measured_task(row, name):
 
 
 def measured_average(row, names):
-    from lib.tables import average
+    from lib.report.tables import average
 
     if set(names) - row["tasks"].keys():
         return None
@@ -404,8 +432,8 @@ def measured_average(row, names):
 
 def removal_maps(results, rows):
     """Yield the layer stacks: one of all order files, one for each ratio of results."""
-    from lib import report
-    from lib.orders import parse_block
+    from lib.blocks import parse_block
+    from lib.report import pictures as report
 
     layers = max((size for r in results for what, size in sizes_of(r).items() if what == "layers"), default=None)
     groups = {"orders": {}}
@@ -437,7 +465,7 @@ def label_of(result, taken):
 
 
 def score_maps(orders):
-    from lib import report
+    from lib.report import pictures as report
 
     for k, result in enumerate(orders, 1):
         order, meta = result.content
@@ -447,8 +475,10 @@ def score_maps(orders):
             continue
         figure = report.score_map(meta)
         what = "every window of layers by its first" if windows else "every candidate at every iteration"
-        caption = (f"{result.path}: {report.score_name(meta)}, {what}. A dot marks what was removed, "
-                   "white what was gone before, a cross what was not finite.")  # fmt: skip
+        caption = (
+            f"{result.path}: {report.score_name(meta)}, {what}. A dot marks what was removed, "
+            "white what was gone before, a cross what was not finite."
+        )
         if meta.get("approximate"):
             caption += " Approximate: a candidate that fell behind was scored on its first windows only."
         alt = f"Line chart of {len(windows)}" if windows else f"Heat map of candidate scores over {len(order)}"
@@ -457,15 +487,17 @@ def score_maps(orders):
 
 
 def distance_maps(results):
-    from lib import report
+    from lib.report import pictures as report
 
     for k, result in enumerate(results, 1):
         best = {}
         for n, i, distance in result.content:
             if math.isfinite(distance) and distance < best.get(n, (math.inf,))[0]:
                 best[n] = distance, i
-        caption = (f"{result.path}: angular distance between the states entering and leaving n consecutive "
-                   "layers. A dot marks the nearest pair of each n, the window to remove.")  # fmt: skip
+        caption = (
+            f"{result.path}: angular distance between the states entering and leaving n consecutive "
+            "layers. A dot marks the nearest pair of each n, the window to remove."
+        )
         nearest = "; ".join(f"n {n}: layers {i} to {i + n - 1}, {d:.3f}" for n, (d, i) in best.items())
         yield f"distances_{k}", report.draw(report.distance_map(result.content), caption, f"Heat map. {nearest}.")
 
@@ -474,11 +506,15 @@ def settings_of(result):
     """Return what a result file says about how it was made, without its numbers."""
     if result.kind == "compare":
         content = result.content
-        return {"model": content["model"], "layers": content["layers"], "parameters": content["parameters"],
-                **{name: value for name, value in content["settings"].items() if name != "methods"},
-                **{f"method {name}": about for name, about in content["settings"].get("methods", {}).items()},
-                **{f"text {name}": about for name, about in content.get("texts", {}).items()},
-                "versions": content.get("versions")}  # fmt: skip
+        return {
+            "model": content["model"],
+            "layers": content["layers"],
+            "parameters": content["parameters"],
+            **{name: value for name, value in content["settings"].items() if name != "methods"},
+            **{f"method {name}": about for name, about in content["settings"].get("methods", {}).items()},
+            **{f"text {name}": about for name, about in content.get("texts", {}).items()},
+            "versions": content.get("versions"),
+        }
     if result.kind == "distances":
         return {"windows": len(result.content)}
     content = result.content[1] if result.kind == "order" else result.content

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Install what is missing into .venv, then run the tests.
+# Install what is missing into .venv, look at the form of the code, then run the tests.
 #
 #     bash scripts/test.sh
 #     bash scripts/test.sh tests/test_tasks.py -k piqa    # pytest's own flags
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
 exec .venv/bin/python -m pytest "$@"

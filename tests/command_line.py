@@ -2,6 +2,7 @@
 
 The fixtures call, search, evaluate and refused in conftest.py run main() in this process instead.
 """
+
 import json
 import os
 import subprocess

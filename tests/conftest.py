@@ -134,9 +134,12 @@ def refused(search, evaluate, tmp_path):
 def searched(toy_folder, text, tmp_path_factory):
     """A search of 3 blocks by a real process: (Run, folder, order file)."""
     folder = tmp_path_factory.mktemp("searched")
-    run = shell("block_search.py", *flags(
-        model_path=toy_folder(), cal_dataset=text, ppl_search_path=folder / "new" / "ppls", del_block_num=3, **SMALL
-    ))  # fmt: skip
+    run = shell(
+        "block_search.py",
+        *flags(
+            model_path=toy_folder(), cal_dataset=text, ppl_search_path=folder / "new" / "ppls", del_block_num=3, **SMALL
+        ),
+    )
     name = f"{toy_folder().name}_mix_text_ns_20_del_order_list.json"
     return run, folder / "new" / "ppls", folder / "new" / "ppls" / name
 

@@ -1,4 +1,5 @@
 """Tiny random models of every family of lib.families.FAMILIES, from their own configuration classes."""
+
 import torch
 from torch import nn
 
@@ -7,11 +8,24 @@ _COMMON = dict(vocab_size=V, hidden_size=H, num_hidden_layers=L, num_attention_h
 _LLAMA = dict(_COMMON, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=128)
 _MOE = dict(_LLAMA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 _SLIDING = dict(head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
-_ROUTED = dict(moe_intermediate_size=24, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
-               first_k_dense_replace=1, n_group=1, topk_group=1)  # fmt: skip
+_ROUTED = dict(
+    moe_intermediate_size=24,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
 _LATENT = dict(kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
-_LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-               head_dim=8, layer_types=["full_attention", "linear_attention", "full_attention"])  # fmt: skip
+_LINEAR = dict(
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    head_dim=8,
+    layer_types=["full_attention", "linear_attention", "full_attention"],
+)
 
 # name -> (configuration class, its arguments)
 TOYS = {
@@ -66,9 +80,7 @@ TOYS = {
     "glm": ("GlmConfig", dict(_LLAMA, head_dim=8)),
     "glm4": ("Glm4Config", dict(_LLAMA, head_dim=8)),
     "glm4-moe": ("Glm4MoeConfig", dict(_LLAMA, head_dim=8, **_ROUTED)),
-    "gpt-oss": (
-        "GptOssConfig", dict(_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8),
-    ),
+    "gpt-oss": ("GptOssConfig", dict(_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)),
     "deepseek-v2": ("DeepseekV2Config", dict(_LLAMA, num_key_value_heads=4, **_LATENT, **_ROUTED)),
     "deepseek-v3": ("DeepseekV3Config", dict(_LLAMA, num_key_value_heads=4, **_LATENT, **_ROUTED)),
     "seed-oss": ("SeedOssConfig", dict(_LLAMA, head_dim=8)),
@@ -80,10 +92,12 @@ TOYS = {
     "hunyuan": ("HunYuanDenseV1Config", dict(_LLAMA, head_dim=8)),
     "nemotron": ("NemotronConfig", _LLAMA),
     "minimax-m2": (
-        "MiniMaxM2Config", dict(_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=4),
+        "MiniMaxM2Config",
+        dict(_LLAMA, head_dim=8, num_local_experts=4, num_experts_per_tok=2, rotary_dim=4),
     ),
     "granite-moe": (
-        "GraniteMoeConfig", dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5),
+        "GraniteMoeConfig",
+        dict(_LLAMA, num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5),
     ),
     "qwen3-next": ("Qwen3NextConfig", dict(_MOE, **_LINEAR, shared_expert_intermediate_size=24)),
     "qwen3.5": ("Qwen3_5TextConfig", dict(_LLAMA, **_LINEAR)),

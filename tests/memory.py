@@ -1,4 +1,5 @@
 """Peak anonymous memory of a process: what it cannot give back, unlike the pages of the files it reads (Linux)."""
+
 import os
 import subprocess
 import sys
@@ -41,7 +42,11 @@ def in_fresh_process(code, *arguments):
     """
     head = "import sys, torch\ntorch.set_num_threads(1)\nsys.path.insert(0, 'tests')\nfrom memory import peak\n"
     done = subprocess.run(
-        [sys.executable, "-c", head + code, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", head + code, *map(str, arguments)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"},
+        check=True,
+    )
     return [int(word) for word in done.stdout.split()]

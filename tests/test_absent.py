@@ -1,4 +1,5 @@
 """Packages and networks that are not there: what needs none works, the rest is refused in one line."""
+
 import contextlib
 import http.server
 import shutil

@@ -1,4 +1,5 @@
 """Masking, removing and stepping, for every family, against models whose output projections are zeroed by hand."""
+
 import copy
 import gc
 import re
@@ -8,7 +9,8 @@ import pytest
 import torch
 from families import PARALLEL, TOYS, V, toy
 
-from lib.blocks import KINDS, Block, Decoder, find_layers
+from lib.blocks import KINDS, Block
+from lib.decoder import Decoder, find_layers
 from lib.families import FAMILIES
 
 EVERY = [*TOYS, "baichuan"]
@@ -157,8 +159,15 @@ def test_stepping_through_accelerates_hooks_gives_the_same_numbers(tmp_path):
     from accelerate import dispatch_model
 
     plain = Decoder(toy("llama"))
-    device_map = {"model.layers.1": "disk", "model.layers.2": "disk", "model.layers.0": "cpu", "lm_head": "cpu",
-                  "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}  # fmt: skip
+    device_map = {
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+        "model.layers.0": "cpu",
+        "lm_head": "cpu",
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+    }
     spread = Decoder(dispatch_model(toy("llama"), device_map, main_device="cpu", offload_dir=tmp_path))
     results = []
     for decoder in (plain, spread):

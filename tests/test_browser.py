@@ -1,4 +1,5 @@
 """The page of scripts.report in headless Chromium, where there is one: no console message, every picture shown."""
+
 import base64
 import re
 import shutil
@@ -21,10 +22,24 @@ def browse(tmp_path):
 
     def run(page, *flags):
         done = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *flags,
-             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
-             "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True,
-        )  # fmt: skip
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                *flags,
+                f"--user-data-dir={tmp_path / 'profile'}",
+                "--enable-logging=stderr",
+                "--virtual-time-budget=5000",
+                "--dump-dom",
+                page.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
         return [line for line in done.stderr.splitlines() if "CONSOLE" in line], done.stdout
 
     return run

@@ -2,6 +2,7 @@
 
 Where the process itself matters a real one is started, elsewhere main() is called.
 """
+
 import json
 import shutil
 import signal
@@ -15,7 +16,8 @@ from command_line import SMALL, assert_refused, flags, scores, shell, start, tre
 from safetensors.torch import load_file, save_file
 
 import block_search
-from lib.blocks import Block, Decoder
+from lib.blocks import Block
+from lib.decoder import Decoder
 from lib.model import parameter_count
 from lib.orders import check_order, read_order
 
@@ -174,7 +176,7 @@ def test_a_race_says_so_sees_a_window_at_a_time_and_is_continued(search, tmp_pat
 
 
 def test_a_model_that_was_spread_over_gpus_and_host_is_to_be_offloaded(search, monkeypatch):
-    from lib.blocks import Decoder
+    from lib.decoder import Decoder
 
     monkeypatch.setattr(Decoder, "offloaded", True)
     assert_refused(search(del_block_num=1), "the GPUs cannot hold the model", "--offload")
@@ -317,12 +319,15 @@ def test_other_weights_in_the_same_folder_are_noticed(search, refused, tmp_path,
     assert search(model_path=folder, del_block_num=3, overwrite=True).code == 0
 
 
-@pytest.mark.parametrize("content, says", (
-    ("{", "not a readable JSON"),
-    ('{"1": [["mha", 0]]}', "does not say how it was searched"),
-    ('{"1": [["mha", 0]], "meta": 3}', "meta"),
-    (None, "a folder"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "content, says",
+    (
+        ("{", "not a readable JSON"),
+        ('{"1": [["mha", 0]]}', "does not say how it was searched"),
+        ('{"1": [["mha", 0]], "meta": 3}', "meta"),
+        (None, "a folder"),
+    ),
+)
 def test_a_file_that_cannot_be_continued_is_refused(search, refused, tmp_path, toy_folder, content, says):
     path = tmp_path / "out" / f"{toy_folder().name}_mix_text_ns_20_del_order_list.json"
     path.parent.mkdir()
@@ -336,15 +341,18 @@ def test_a_file_that_cannot_be_continued_is_refused(search, refused, tmp_path, t
     assert search(overwrite=True).code == 0 and len(read_order(path)[0]) == 2
 
 
-@pytest.mark.parametrize("break_it", (
-    lambda meta: meta.pop("steps"),
-    lambda meta: meta["steps"].pop(),
-    lambda meta: meta["steps"][0].pop("removed_percent"),
-    lambda meta: meta["steps"][0].pop("scores"),
-    lambda meta: meta.pop("dense_perplexity"),
-    lambda meta: meta.update(steps=3),
-    lambda meta: meta.update(layers=4),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "break_it",
+    (
+        lambda meta: meta.pop("steps"),
+        lambda meta: meta["steps"].pop(),
+        lambda meta: meta["steps"][0].pop("removed_percent"),
+        lambda meta: meta["steps"][0].pop("scores"),
+        lambda meta: meta.pop("dense_perplexity"),
+        lambda meta: meta.update(steps=3),
+        lambda meta: meta.update(layers=4),
+    ),
+)
 def test_meta_that_does_not_fit_its_order_is_refused(refused, tmp_path, searched, break_it):
     shutil.copytree(searched[1], tmp_path / "out")
     path = tmp_path / "out" / searched[2].name

@@ -1,4 +1,5 @@
 """scripts/compare.py: the same numbers as the single commands, nothing computed twice, nothing lost, failures shown."""
+
 import contextlib
 import io
 import json
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from command_line import SMALL, assert_refused, flags, start, tree
 
-from lib.orders import KINDS, parse_block, read_order
+from lib.blocks import KINDS, parse_block
+from lib.cells import GREEDY, LACO_WINDOWS, METHODS
+from lib.orders import read_order
 from scripts import compare
-from scripts.cells import GREEDY, LACO_WINDOWS, METHODS
 
 LAYERS = 8
 EVERY = [m for m in METHODS if not m.endswith("-block") or m in ("bi-block", "ppl-plus-block", "random-block")]
@@ -99,8 +101,8 @@ def everything(words, tmp_path_factory):
     """Nearly every method at two ratios: (what was printed, compare.json, folder)."""
     folder, out = tmp_path_factory.mktemp("everything") / "out", io.StringIO()
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.report.DPI", 40)
-        patch.setattr("scripts.cells.LACO_WINDOWS", 99)  # all of them, as scripts.laco takes
+        patch.setattr("lib.report.pictures.DPI", 40)
+        patch.setattr("lib.cells.LACO_WINDOWS", 99)  # all of them, as scripts.laco takes
         compare.main(words(folder, " ".join(EVERY), "0.1 0.19"))
     return out.getvalue(), json.loads((folder / "compare.json").read_text()), folder
 
@@ -122,8 +124,11 @@ def test_every_method_removes_the_fewest_units_that_reach_each_ratio(everything,
             assert order == []
             continue
         size = 1 if "mix" in METHODS[row["method"]][0] or row["method"] in KINDS else 2
-        fewest = next(k for k in range(0, len(BLOCKS) + 1, size)
-                      if sum(sizes[name[:3]] for name in order[:k]) >= row["ratio"] / 100 * total)  # fmt: skip
+        fewest = next(
+            k
+            for k in range(0, len(BLOCKS) + 1, size)
+            if sum(sizes[name[:3]] for name in order[:k]) >= row["ratio"] / 100 * total
+        )
         assert len(order) == fewest
         if size == 2:
             assert order == [f"{kind}{parse_block(name).layer}" for name in order[::2] for kind in ("mha", "mlp")]
@@ -141,24 +146,41 @@ def test_numbers_are_those_of_the_single_commands(everything, model, call, evalu
         row = mine[method]
         path = out / row["order_file"]
         assert [str(block) for block in read_order(path)[0]][: len(row["removed"])] == row["removed"]
-        result = evaluate(model_path=model, cal_dataset=texts[1], cal_nsamples=None, ppl_search_file=path,
-                          del_block_num=len(row["removed"])).result  # fmt: skip
+        result = evaluate(
+            model_path=model,
+            cal_dataset=texts[1],
+            cal_nsamples=None,
+            ppl_search_file=path,
+            del_block_num=len(row["removed"]),
+        ).result
         assert result["perplexity"] == row["perplexity"]["other"]["value"]
         assert result["pruning_ratio_percent"] == pytest.approx(row["removed_percent"], abs=1e-9)
     from scripts import laco
 
-    checkpoint = call(laco.main, *flags(**GIVEN, model_path=model, cal_dataset=texts[0], target_ratio=0.19,
-                                        output_dir=tmp_path / "laco")).result["checkpoint"]  # fmt: skip
+    checkpoint = call(
+        laco.main,
+        *flags(**GIVEN, model_path=model, cal_dataset=texts[0], target_ratio=0.19, output_dir=tmp_path / "laco"),
+    ).result["checkpoint"]
     result, row = evaluate(model_path=checkpoint, cal_dataset=texts[1], cal_nsamples=None).result, mine["laco"]
     assert result["perplexity"] == pytest.approx(row["perplexity"]["other"]["value"], rel=1e-6)
     assert result["parameters"] == row["parameters"] < summary["parameters"]
     assert row["perplexity"] != mine["laco-last"]["perplexity"]
     mine = mine["blockpruner"]
-    alone = call(block_search.main, *flags(**GIVEN, model_path=model, cal_dataset=texts[0], target_ratio=0.19,
-                                           ppl_search_path=tmp_path))  # fmt: skip
+    alone = call(
+        block_search.main,
+        *flags(**GIVEN, model_path=model, cal_dataset=texts[0], target_ratio=0.19, ppl_search_path=tmp_path),
+    )
     assert alone.result["order"] == mine["removed"]
-    again = call(block_search.main, *flags(**GIVEN, model_path=model, cal_dataset=texts[0], target_ratio=0.19,
-                                           ppl_search_path=(out / mine["order_file"]).parent))  # fmt: skip
+    again = call(
+        block_search.main,
+        *flags(
+            **GIVEN,
+            model_path=model,
+            cal_dataset=texts[0],
+            target_ratio=0.19,
+            ppl_search_path=(out / mine["order_file"]).parent,
+        ),
+    )
     assert "nothing to do" in again.out, "an order of a comparison is an order of block_search.py"
 
 
@@ -169,8 +191,9 @@ def test_errors_are_those_of_paired_differences(everything):
     def losses(row, name):
         measured = kept[row["method"], row["ratio"] / 100, row["seed"]]["measured"]
         calibration = summary["settings"]["calibration"]["text_sha256"][:12]
-        return next(np.array(v) for k, v in measured.items()
-                    if k.startswith(f"losses {name} ") and not k.endswith(calibration)) / (T - 1)  # fmt: skip
+        return next(
+            np.array(v) for k, v in measured.items() if k.startswith(f"losses {name} ") and not k.endswith(calibration)
+        ) / (T - 1)
 
     dense = summary["rows"][0]
     for name in ("other", "text"):
@@ -209,8 +232,11 @@ def test_table_page_and_json_say_the_same(everything):
         section = markdown.partition(f"*at least {ratio} % removed*")[2].partition("*at least")[0]
         assert f"**{bold}**" in section
         assert f"\\textbf{{{bold}}}" in latex
-    draws = [row["perplexity"]["other"]["value"] for row in summary["rows"]
-             if (row["method"], row["ratio"]) == ("random", pytest.approx(19))]  # fmt: skip
+    draws = [
+        row["perplexity"]["other"]["value"]
+        for row in summary["rows"]
+        if (row["method"], row["ratio"]) == ("random", pytest.approx(19))
+    ]
     assert len(draws) == 3 and len(set(draws)) > 1
     line = next(line for line in markdown.partition("*at least 19")[2].splitlines() if line.startswith("| random (3"))
     assert re.sub(r"[*≈]", "", line).split(" | ")[3] == f"{np.mean(draws):.2f} ± {np.std(draws, ddof=1):.2f}"
@@ -262,7 +288,8 @@ def test_a_killed_comparison_goes_on_and_recomputes_nothing(comparison, words, t
     assert again.result["measurements"] == 0 and again.out.count("(kept)") == run.result["cells"]
     assert same["rows"] == summary["rows"]
     assert tree(out)["cells"] == after["cells"] and {n: t for n, t in tree(out).items() if n.startswith("cells/")} == {
-        n: t for n, t in after.items() if n.startswith("cells/")}  # fmt: skip
+        n: t for n, t in after.items() if n.startswith("cells/")
+    }
 
 
 def kept_measured(path):
@@ -359,7 +386,7 @@ def test_a_cell_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compari
 
 
 def test_a_task_that_fails_hides_no_other_number(comparison, monkeypatch, task_data, tmp_path):
-    from scripts import cells as module
+    from lib import cells as module
 
     def broken(bench, task, removed):
         if task == "piqa":
@@ -462,8 +489,15 @@ def task_data(tmp_path, monkeypatch):
     folder = tmp_path / "tasks"
     folder.mkdir()
     piqa = [{"goal": f"Count to {i}", "sol1": f"say {i}", "sol2": f"say {i * i}", "label": i % 2} for i in range(12)]
-    arc = [{"id": str(i), "question": f"What is {i}?", "answerKey": "AB"[i % 2],
-            "choices": {"text": [f"number {i}", f"letter {i}"], "label": ["A", "B"]}} for i in range(10)]  # fmt: skip
+    arc = [
+        {
+            "id": str(i),
+            "question": f"What is {i}?",
+            "answerKey": "AB"[i % 2],
+            "choices": {"text": [f"number {i}", f"letter {i}"], "label": ["A", "B"]},
+        }
+        for i in range(10)
+    ]
     for name, rows in (("piqa", piqa), ("arc_easy", arc)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -489,9 +523,16 @@ def test_tasks_are_scored_as_eval_does_and_kept_one_by_one(comparison, evaluate,
     assert run.result["measurements"] == 2, "ARC-e of two rows: PIQA and the perplexities are kept"
     dense, most, least = summary["rows"]
     assert least["tasks"] == {} and list(most["tasks"]) == list(dense["tasks"]) == ["piqa", "arc_easy"]
-    result = evaluate(model_path=model, cal_dataset=texts[1], cal_nsamples=None, do_eval=True, task_data=task_data,
-                      tasks="piqa", ppl_search_file=tmp_path / "out" / most["order_file"],
-                      del_block_num=len(most["removed"])).result  # fmt: skip
+    result = evaluate(
+        model_path=model,
+        cal_dataset=texts[1],
+        cal_nsamples=None,
+        do_eval=True,
+        task_data=task_data,
+        tasks="piqa",
+        ppl_search_file=tmp_path / "out" / most["order_file"],
+        del_block_num=len(most["removed"]),
+    ).result
     assert result["tasks"]["piqa"] == most["tasks"]["piqa"]
     score, table = most["tasks"]["piqa"], (tmp_path / "out" / "table.md").read_text()
     assert f"**{100 * score['score']:.2f}** ± {100 * score['stderr']:.2f}" in table

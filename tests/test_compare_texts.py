@@ -1,4 +1,5 @@
 """scripts/compare.py: the same text under other names is the same text; LaCo's removals; names as they are."""
+
 import os
 
 from test_compare import comparison, model, texts, words  # noqa: F401 - fixtures
@@ -16,8 +17,9 @@ def test_a_file_that_is_calibrated_on_is_left_out_however_its_path_is_spelled(co
 def test_a_named_set_and_its_file_are_one_text(comparison, texts, tmp_path):  # noqa: F811
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "alpaca-test.txt").write_text(texts[0].read_text())
-    run, summary = comparison("last", cal_dataset=tmp_path / "data" / "alpaca-test.txt", data_dir=tmp_path / "data",
-                              eval_datasets="alpaca")  # fmt: skip
+    run, summary = comparison(
+        "last", cal_dataset=tmp_path / "data" / "alpaca-test.txt", data_dir=tmp_path / "data", eval_datasets="alpaca"
+    )
     assert summary["texts"]["alpaca"]["left_out"] == 8, "of that set's test split"
 
 

@@ -1,4 +1,5 @@
 """Documents, draws and windows, against the standard library and the datasets package."""
+
 import builtins
 import json
 import random

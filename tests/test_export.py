@@ -1,4 +1,5 @@
 """Pruned checkpoints against the masked model: every family, every gap, loaded by a process without this library."""
+
 import json
 import os
 import shutil
@@ -13,10 +14,11 @@ from memory import in_fresh_process, linux_only
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lib import modeling_blockpruned as modeling
-from lib.blocks import Block, Decoder
-from lib.checkpoint import Source, write_shards
-from lib.export import FORMATS, Layer, export, repack
+from lib.blocks import Block
+from lib.decoder import Decoder
+from lib.export import modeling_blockpruned as modeling
+from lib.export.checkpoint import Source, write_shards
+from lib.export.write import FORMATS, Layer, export, repack
 
 IDS = torch.randint(V, (2, 24), generator=torch.Generator().manual_seed(3))
 ON_STREAM = {"opt-post-norm", "bloom-post-norm"}  # norms of the stream itself: zero weights are not enough
@@ -71,9 +73,14 @@ def reload(tmp_path_factory):
     torch.save(IDS, home / "ids")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(home / "modules")}
     process = subprocess.Popen(
-        [sys.executable, "-c", CLIENT, str(home / "ids")], cwd=home, env=env, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(home / "err").open("w"),
-    )  # fmt: skip
+        [sys.executable, "-c", CLIENT, str(home / "ids")],
+        cwd=home,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(home / "err").open("w"),
+    )
 
     def run(folder):
         process.stdin.write(f"{folder}\n")
@@ -179,37 +186,50 @@ def test_kept_steps_stay_in_order_and_pair_greedily():
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-@pytest.mark.parametrize("name, changes, removed, expected", (
-    ("gemma3", {}, ("mha0", "mlp0"), {"layer_types": [FULL, SLIDING], "num_hidden_layers": 2}),
-    ("gemma3", {}, ("mlp0", "mha1"), {"layer_types": [SLIDING, SLIDING], "num_hidden_layers": 2}),
+@pytest.mark.parametrize(
+    "name, changes, removed, expected",
     (
-        "gemma3", {"sliding_window_pattern": 2}, ("mha0", "mlp0"),
-        {"layer_types": [FULL, SLIDING], "sliding_window_pattern": 0},
+        ("gemma3", {}, ("mha0", "mlp0"), {"layer_types": [FULL, SLIDING], "num_hidden_layers": 2}),
+        ("gemma3", {}, ("mlp0", "mha1"), {"layer_types": [SLIDING, SLIDING], "num_hidden_layers": 2}),
+        (
+            "gemma3",
+            {"sliding_window_pattern": 2},
+            ("mha0", "mlp0"),
+            {"layer_types": [FULL, SLIDING], "sliding_window_pattern": 0},
+        ),
+        (
+            "gemma3",
+            {"sliding_window_pattern": 2},
+            ("mha1", "mlp1"),
+            {"layer_types": [SLIDING, SLIDING], "sliding_window_pattern": 3},
+        ),
+        ("gemma2", {}, ("mha0", "mlp0"), {"layer_types": [FULL, SLIDING]}),
+        ("cohere2", {}, ("mha1", "mlp1"), {"layer_types": [SLIDING, SLIDING]}),
+        ("qwen2-sliding", {}, ("mha0", "mlp0"), {"layer_types": [SLIDING, SLIDING], "max_window_layers": 0}),
+        ("qwen2-sliding", {}, ("mlp1", "mha2"), {"layer_types": [FULL, SLIDING], "max_window_layers": 1}),
+        (
+            "smollm3",
+            {"no_rope_layer_interval": 2},
+            ("mha0", "mlp0"),
+            {"no_rope_layers": [0, 1], "no_rope_layer_interval": 0},
+        ),
+        (
+            "smollm3",
+            {"no_rope_layer_interval": 2},
+            ("mha2", "mlp2"),
+            {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+        ),
+        ("qwen2-moe", {}, ("mha0", "mlp0"), {"mlp_only_layers": [0]}),
+        ("qwen2-moe", {}, ("mlp0", "mha1"), {"mlp_only_layers": [0]}),
+        ("qwen2-moe", {}, ("mha1", "mlp1"), {"mlp_only_layers": []}),
+        (
+            "qwen3-moe",
+            {"decoder_sparse_step": 2, "intermediate_size": 40},
+            ("mlp0", "mha1"),
+            {"mlp_only_layers": [1], "decoder_sparse_step": 1},
+        ),
     ),
-    (
-        "gemma3", {"sliding_window_pattern": 2}, ("mha1", "mlp1"),
-        {"layer_types": [SLIDING, SLIDING], "sliding_window_pattern": 3},
-    ),
-    ("gemma2", {}, ("mha0", "mlp0"), {"layer_types": [FULL, SLIDING]}),
-    ("cohere2", {}, ("mha1", "mlp1"), {"layer_types": [SLIDING, SLIDING]}),
-    ("qwen2-sliding", {}, ("mha0", "mlp0"), {"layer_types": [SLIDING, SLIDING], "max_window_layers": 0}),
-    ("qwen2-sliding", {}, ("mlp1", "mha2"), {"layer_types": [FULL, SLIDING], "max_window_layers": 1}),
-    (
-        "smollm3", {"no_rope_layer_interval": 2}, ("mha0", "mlp0"),
-        {"no_rope_layers": [0, 1], "no_rope_layer_interval": 0},
-    ),
-    (
-        "smollm3", {"no_rope_layer_interval": 2}, ("mha2", "mlp2"),
-        {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
-    ),
-    ("qwen2-moe", {}, ("mha0", "mlp0"), {"mlp_only_layers": [0]}),
-    ("qwen2-moe", {}, ("mlp0", "mha1"), {"mlp_only_layers": [0]}),
-    ("qwen2-moe", {}, ("mha1", "mlp1"), {"mlp_only_layers": []}),
-    (
-        "qwen3-moe", {"decoder_sparse_step": 2, "intermediate_size": 40}, ("mlp0", "mha1"),
-        {"mlp_only_layers": [1], "decoder_sparse_step": 1},
-    ),
-))  # fmt: skip
+)
 def test_what_a_configuration_says_of_each_layer_moves_with_it(
     name, changes, removed, expected, saved, reload, tmp_path
 ):
@@ -267,9 +287,11 @@ def test_generation_is_the_familys(name, hf):
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     ids[1, :7], mask[1, :7] = 0, 0
     ways = {
-        "left padding": {}, "beams": {"num_beams": 3}, "static cache": {"cache_implementation": "static"},
+        "left padding": {},
+        "beams": {"num_beams": 3},
+        "static cache": {"cache_implementation": "static"},
         "no cache": {"use_cache": False},
-    }  # fmt: skip
+    }
     if name == "bloom":
         del ways["static cache"]  # alibi: not in the family either
     for way, kwargs in ways.items():
@@ -418,8 +440,8 @@ def test_the_dtype_is_the_stored_one_or_the_one_asked_for(saved, tmp_path):
 
 MEMORY = """
 from transformers import AutoModelForCausalLM
-from lib.export import export
-from lib.orders import Block
+from lib.export.write import export
+from lib.blocks import Block
 _, small, big, out = sys.argv
 load = lambda folder: [t.clone() for t in AutoModelForCausalLM.from_pretrained(folder).parameters()]
 for folder in (small, big):  # the small one sets up whatever is set up once

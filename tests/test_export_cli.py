@@ -1,4 +1,5 @@
 """scripts/export.py and eval.py --export-path: what they write, and bad input refused in one line with nothing left."""
+
 import json
 import os
 import resource
@@ -12,9 +13,10 @@ from families import toy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-import lib.export
-import lib.export_folder
-from lib.blocks import Block, Decoder
+import lib.export.folder
+import lib.export.write
+from lib.blocks import Block
+from lib.decoder import Decoder
 from lib.orders import read_order, save_order
 from scripts import export
 
@@ -134,10 +136,17 @@ def test_the_card_names_another_metric_than_the_papers_and_every_licence(toy_fol
     assert "found by BlockPruner" in (tmp_path / "paper" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("dense, step", (
-    (None, {"perplexity": 9.0}), (8.0, {"perplexity": None}), ("inf", {"perplexity": 9.0}),
-    (8.0, {"perplexity": "nan"}), (8.0, 9.0), (8.0, {}),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "dense, step",
+    (
+        (None, {"perplexity": 9.0}),
+        (8.0, {"perplexity": None}),
+        ("inf", {"perplexity": 9.0}),
+        (8.0, {"perplexity": "nan"}),
+        (8.0, 9.0),
+        (8.0, {}),
+    ),
+)
 def test_perplexities_that_are_no_numbers_are_left_out_of_the_card(write, tmp_path, dense, step):
     save_order(tmp_path / "o.json", ORDER[:1], {"layers": 3, "dense_perplexity": dense, "steps": [step]})
     run = write(ppl_search_file=tmp_path / "o.json", del_block_num=1)
@@ -249,7 +258,7 @@ def test_what_was_measured_is_not_lost_with_the_export(evaluate, order, monkeypa
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lib.export, "write_shards", full)
+    monkeypatch.setattr(lib.export.write, "write_shards", full)
     given = dict(ppl_search_file=order, del_block_num=3, output_path=tmp_path / "result.json")
     run = evaluate(export_path=tmp_path / "out", **given)
     assert run.code == 2 and run.err.count("\n") == 1 and "No space left on device; nothing was left" in run.err
@@ -290,15 +299,18 @@ def test_what_is_not_given_is_asked_for(refuses):
     refuses("--format", "'onnx'", format="onnx")
 
 
-@pytest.mark.parametrize("name, format, k, says", (
-    ("llama", "stock", 3, ("LlamaForCausalLM", "mlp0 is left without its other half", "nearest format is hf")),
-    ("llama", "stock", 6, ("no layer is left", "nearest format is zeroed")),
-    ("llama", "hf", 5, ("no attention of LlamaForCausalLM", "nearest format is zeroed")),
-    ("llama", "auto", 5, ("no attention of LlamaForCausalLM", "nearest format is zeroed")),
-    ("cohere", "stock", 2, ("CohereForCausalLM", "nearest format is hf")),
-    ("opt-post-norm", "zeroed", 1, ("OPTDecoderLayer", "nearest format is hf")),
-    ("bloom-post-norm", "zeroed", 1, ("BloomBlock", "nearest format is hf")),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, format, k, says",
+    (
+        ("llama", "stock", 3, ("LlamaForCausalLM", "mlp0 is left without its other half", "nearest format is hf")),
+        ("llama", "stock", 6, ("no layer is left", "nearest format is zeroed")),
+        ("llama", "hf", 5, ("no attention of LlamaForCausalLM", "nearest format is zeroed")),
+        ("llama", "auto", 5, ("no attention of LlamaForCausalLM", "nearest format is zeroed")),
+        ("cohere", "stock", 2, ("CohereForCausalLM", "nearest format is hf")),
+        ("opt-post-norm", "zeroed", 1, ("OPTDecoderLayer", "nearest format is hf")),
+        ("bloom-post-norm", "zeroed", 1, ("BloomBlock", "nearest format is hf")),
+    ),
+)
 def test_a_format_that_the_model_cannot_have_is_refused_by_name(refuses, toy_folder, name, format, k, says):
     refuses(*says, model_path=toy_folder(name), format=format, del_block_num=k)
 
@@ -354,8 +366,8 @@ def test_a_link_is_followed_to_its_disk_and_stays(write, tmp_path):
 
 def test_a_mount_point_is_refused_before_anything_is_written():
     with pytest.raises(ValueError, match="a mount point.*give a folder in it"):
-        lib.export_folder.check_target("/", "model")
-    with pytest.raises(ValueError, match="a mount point"), lib.export_folder.complete_or_nothing("/"):
+        lib.export.folder.check_target("/", "model")
+    with pytest.raises(ValueError, match="a mount point"), lib.export.folder.complete_or_nothing("/"):
         raise AssertionError("a folder was made")
 
 
@@ -381,7 +393,7 @@ def test_an_interrupted_export_leaves_the_old_one(write, monkeypatch, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lib.export, "_save_config", interrupted)  # the last thing written
+    monkeypatch.setattr(lib.export.write, "_save_config", interrupted)  # the last thing written
     with pytest.raises(KeyboardInterrupt):
         write(overwrite=True)
     assert tree(tmp_path) == before
@@ -391,7 +403,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_weights_are_written(r
     def written(*args):
         raise AssertionError("weights were written")
 
-    monkeypatch.setattr(lib.export, "write_shards", written)
+    monkeypatch.setattr(lib.export.write, "write_shards", written)
     refuses("tokenizer", model_path=damaged("tokenizer.json", lambda b: b"{}"))
 
 

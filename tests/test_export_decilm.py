@@ -3,6 +3,7 @@
 The reference here is a Nemotron-NAS written down from the format alone; mlx-lm is asked too where
 BLOCKPRUNER_MLX names a python that has it (scripts/check_decilm.sh makes one).
 """
+
 import copy
 import json
 import os
@@ -17,23 +18,32 @@ from command_line import ROOT, flags
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from lib.blocks import Block, Decoder
-from lib.export import export
+from lib.blocks import Block
+from lib.decoder import Decoder
+from lib.export.write import export
 from lib.model import load_model
 
 IDS = [5, 77, 200, 33, 190, 12, 9, 121, 121, 64]
 BLOCK_KEYS = {
     "attention": {"no_op", "replace_with_linear", "n_heads_in_group"},
     "ffn": {"no_op", "replace_with_linear", "ffn_mult"},
-}  # fmt: skip
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 MODELS = (
-    ("llama", {}), ("llama", {"tie_word_embeddings": True}), ("llama", {"attention_bias": True}),
-    ("llama", {"intermediate_size": 512}), ("mistral", {"sliding_window": None}), ("qwen2", {}),
-)  # fmt: skip
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"intermediate_size": 512}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {}),
+)
 GAPS = ("", "mha0", "mlp0", "mha0 mlp0", "mha1", "mlp1", "mha1 mlp1", "mha2", "mlp2", "mlp1 mha2", "mha0 mha1 mlp2")
 EVERY = [("llama", {}, gaps) for gaps in GAPS]
 EVERY += [(name, overrides, gaps) for name, overrides in MODELS[1:] for gaps in ("mha0", "mha1 mlp2", "mlp1 mha2")]
@@ -194,7 +204,7 @@ print(type(config).__name__)
 
 
 def test_the_configuration_file_is_pickled_to_worker_processes(tmp_path, monkeypatch):
-    from lib.export_decilm import CONFIGURATION
+    from lib.export.decilm import CONFIGURATION
 
     (tmp_path / "configuration_decilm.py").write_text(CONFIGURATION)
     monkeypatch.syspath_prepend(tmp_path)
@@ -213,15 +223,18 @@ def test_transformers_itself_refuses_the_checkpoint(toy_folder, tmp_path):
         AutoModelForCausalLM.from_pretrained(written(toy_folder(), tmp_path / "out", "mha1"), trust_remote_code=False)
 
 
-@pytest.mark.parametrize("name, overrides, removed, says", (
-    ("gemma2", {}, "mlp1", ("gemma2", "llama, mistral, qwen2", "--format hf")),
-    ("qwen3", {}, "mlp1", ("qwen3", "llama, mistral, qwen2", "--format hf")),
-    ("mistral", {}, "mlp1", ("sliding window of 8", "--format hf")),
-    ("llama", {"head_dim": 16}, "mlp1", ("4 heads of 16", "hidden size 32", "--format gguf or hf")),
-    ("llama-bias", {}, "mlp1", ("MLPs have biases", "--format gguf or hf")),
-    ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "--format hf")),
-    ("llama", {}, "mha0 mha1 mha2", ("no attention is left", "--format zeroed")),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, overrides, removed, says",
+    (
+        ("gemma2", {}, "mlp1", ("gemma2", "llama, mistral, qwen2", "--format hf")),
+        ("qwen3", {}, "mlp1", ("qwen3", "llama, mistral, qwen2", "--format hf")),
+        ("mistral", {}, "mlp1", ("sliding window of 8", "--format hf")),
+        ("llama", {"head_dim": 16}, "mlp1", ("4 heads of 16", "hidden size 32", "--format gguf or hf")),
+        ("llama-bias", {}, "mlp1", ("MLPs have biases", "--format gguf or hf")),
+        ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "--format hf")),
+        ("llama", {}, "mha0 mha1 mha2", ("no attention is left", "--format zeroed")),
+    ),
+)
 def test_what_these_runtimes_would_run_differently_is_refused(toy_folder, tmp_path, name, overrides, removed, says):
     with pytest.raises(ValueError) as error:
         written(toy_folder(name, **overrides), tmp_path / "out", removed)

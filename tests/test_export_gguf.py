@@ -1,4 +1,5 @@
 """GGUF exports: llama.cpp itself gives transformers' probabilities, and every tensor is in its place, byte for byte."""
+
 import json
 import shutil
 
@@ -10,26 +11,42 @@ from command_line import assert_refused, flags
 from families import toy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lib.blocks import Block, Decoder
-from lib.checkpoint import Source
-from lib.export import export
-from lib.export_gguf import prune, read_gguf, read_info, save_gguf
+from lib.blocks import Block
+from lib.decoder import Decoder
+from lib.export.checkpoint import Source
+from lib.export.gguf import prune, read_gguf, read_info, save_gguf
+from lib.export.write import export
 from lib.orders import save_order
 
 SHAPE = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4}
 IDS = [5, 77, 200, 33, 290, 12, 9, 121, 121, 64, 8, 300]
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}
 GAPS = (  # every place, every kind; what is whole again keeps the ordinary architecture
-    ("", "whole"), ("mha0", "deci"), ("mha1", "deci"), ("mha3", "deci"),
-    ("mlp0", "deci"), ("mlp1", "deci"), ("mlp3", "deci"),
-    ("mha0 mlp0", "whole"), ("mha2 mlp2", "whole"), ("mha3 mlp3", "whole"), ("mlp1 mha2", "whole"),
-    ("mlp0 mlp1", "deci"), ("mha0 mha1", "deci"), ("mha0 mlp1 mlp3", "deci"), ("mha1 mha2 mlp2 mlp3", "deci"),
-)  # fmt: skip
+    ("", "whole"),
+    ("mha0", "deci"),
+    ("mha1", "deci"),
+    ("mha3", "deci"),
+    ("mlp0", "deci"),
+    ("mlp1", "deci"),
+    ("mlp3", "deci"),
+    ("mha0 mlp0", "whole"),
+    ("mha2 mlp2", "whole"),
+    ("mha3 mlp3", "whole"),
+    ("mlp1 mha2", "whole"),
+    ("mlp0 mlp1", "deci"),
+    ("mha0 mha1", "deci"),
+    ("mha0 mlp1 mlp3", "deci"),
+    ("mha1 mha2 mlp2 mlp3", "deci"),
+)
 
 
 def blocks(names):
@@ -60,9 +77,15 @@ def byte_level(*splits, ignore_merges=False, merges=60):
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not any("Split" in str(type(s)) for s in splits))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, last]) if splits else last
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["The quick brown fox's 1234567 jumps, they've said; 99 99 the end.\n\n  end"] * 3,
-        trainers.BpeTrainer(vocab_size=258 + merges, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                            special_tokens=["<s>", "</s>"], show_progress=False))  # fmt: skip
+    tokenizer.train_from_iterator(
+        ["The quick brown fox's 1234567 jumps, they've said; 99 99 the end.\n\n  end"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=258 + merges,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<s>", "</s>"],
+            show_progress=False,
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token=None)
 
 
@@ -83,7 +106,7 @@ def expected(folder, removed):
 def by_llama_cpp(path):
     """The same by llama.cpp: after a prompt, and token by token with its cache."""
     pytest.importorskip("xllamacpp")
-    from scripts.llamacpp import Server
+    from lib.export.runtimes import Server
 
     with Server(path, 256, exact=True) as server:
         return torch.stack([server.logprobs(IDS[: n + 1], SHAPE["vocab_size"]) for n in (7, 8, 9, 10, 11)])
@@ -104,11 +127,18 @@ def test_llama_cpp_agrees_with_transformers(folder, tmp_path, removed, architect
 
 
 @pytest.mark.parametrize("removed", ("", "mha0", "mha1 mlp2", "mlp1 mha2"))
-@pytest.mark.parametrize("name, overrides", (
-    ("qwen2", {}), ("mistral", {"sliding_window": None}), ("mistral", {"sliding_window": None, "head_dim": 32}),
-    ("llama-bias", {}), ("llama", {"rope_parameters": LLAMA3}), ("llama", {"rope_parameters": LINEAR}),
-    ("qwen2", {"tie_word_embeddings": True}),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, overrides",
+    (
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": None, "head_dim": 32}),
+        ("llama-bias", {}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("qwen2", {"tie_word_embeddings": True}),
+    ),
+)
 def test_llama_cpp_agrees_on_every_family_offered(folder, tmp_path, name, overrides, removed):
     assert_same(written(folder(name, **overrides), tmp_path / "out", removed), folder(name, **overrides), removed)
 
@@ -116,8 +146,8 @@ def test_llama_cpp_agrees_on_every_family_offered(folder, tmp_path, name, overri
 @pytest.mark.parametrize("removed", ("mha0 mlp1 mlp3", "mha1 mha2 mlp2 mlp3"))
 def test_greedy_generation_with_llama_cpps_cache_is_transformers_without(folder, tmp_path, removed):
     pytest.importorskip("xllamacpp")
+    from lib.export.runtimes import Server
     from lib.model import load_model
-    from scripts.llamacpp import Server
 
     found, wanted = IDS[:5], torch.tensor([IDS[:5]])
     with Server(written(folder(), tmp_path / "out", removed), 256, exact=True) as server:
@@ -149,7 +179,7 @@ def test_an_attention_without_mlp_is_lost_where_the_zero_mlp_is_left_out(folder,
 def test_layer_0_without_heads_does_not_load(folder, tmp_path):
     """Why layer 0 keeps a head count: sizes of all heads come from it."""
     pytest.importorskip("xllamacpp")
-    from scripts.llamacpp import Server
+    from lib.export.runtimes import Server
 
     without = read_deci(written(folder(), tmp_path / "out", "mha0"))
     assert without.fields["deci.attention.head_count"].value == [4, 4, 4, 4]
@@ -162,7 +192,7 @@ def test_layer_0_without_heads_does_not_load(folder, tmp_path):
 
 def test_removed_attentions_hold_no_cache(folder, tmp_path):
     pytest.importorskip("xllamacpp")
-    from scripts.llamacpp import Server
+    from lib.export.runtimes import Server
 
     sizes = []
     for i, removed in enumerate(("", "mha1", "mha0 mha2")):
@@ -245,13 +275,14 @@ def read_deci(path):
     """The Model of a deci file, which read_gguf refuses: it is pruned already."""
     from unittest.mock import patch
 
-    with patch("lib.export_gguf._check_file"):
+    with patch("lib.export.gguf._check_file"):
         return read_gguf(path)
 
 
-@pytest.mark.parametrize("dtype, kind, exact", (
-    ("fp32", "F32", torch.float32), ("fp16", "F16", torch.float16), ("bf16", "BF16", torch.bfloat16),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, kind, exact",
+    (("fp32", "F32", torch.float32), ("fp16", "F16", torch.float16), ("bf16", "BF16", torch.bfloat16)),
+)
 def test_weights_are_those_of_the_checkpoint_in_the_dtype_asked_for(folder, tmp_path, dtype, kind, exact):
     path = written(folder(), tmp_path / "out", "mha1 mlp2", compute_dtype=dtype)
     state, found = toy("llama", **SHAPE).state_dict(), tensors(path)
@@ -356,8 +387,10 @@ def test_a_tokenizer_with_code_of_its_own_is_run_where_that_is_allowed(folder, t
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     path = written(tmp_path / "model", tmp_path / "out", "mha1", trust_remote_code=True)
     tokens = gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents()
-    assert tokens == gguf.GGUFReader(written(folder(), tmp_path / "plain", "mha1")).fields[
-        "tokenizer.ggml.tokens"].contents()  # fmt: skip
+    assert (
+        tokens
+        == gguf.GGUFReader(written(folder(), tmp_path / "plain", "mha1")).fields["tokenizer.ggml.tokens"].contents()
+    )
 
 
 # ---- what is refused ------------------------------------------------------------------------------
@@ -372,14 +405,17 @@ def refused(folder, tmp_path, *says, removed="mlp1", **options):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name, overrides, says", (
-    ("gemma", {}, ("gemma", "llama, mistral, qwen2", "--format hf")),
-    ("qwen3", {}, ("qwen3", "llama, mistral, qwen2", "--format hf")),
-    ("mistral", {}, ("sliding window of 8", "--format hf")),
-    ("qwen2-sliding", {}, ("attention 1 has a sliding window of 8", "--format hf")),
-    ("llama", {"hidden_act": "gelu"}, ("activation is gelu", "--format hf")),
-    ("llama", {"rope_parameters": YARN}, ("yarn", "default, linear, llama3", "--format hf")),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, overrides, says",
+    (
+        ("gemma", {}, ("gemma", "llama, mistral, qwen2", "--format hf")),
+        ("qwen3", {}, ("qwen3", "llama, mistral, qwen2", "--format hf")),
+        ("mistral", {}, ("sliding window of 8", "--format hf")),
+        ("qwen2-sliding", {}, ("attention 1 has a sliding window of 8", "--format hf")),
+        ("llama", {"hidden_act": "gelu"}, ("activation is gelu", "--format hf")),
+        ("llama", {"rope_parameters": YARN}, ("yarn", "default, linear, llama3", "--format hf")),
+    ),
+)
 def test_a_family_that_llama_cpp_would_run_differently_is_refused(folder, tmp_path, name, overrides, says):
     refused(folder(name, **overrides), tmp_path, *says)
 
@@ -417,15 +453,21 @@ def numbers(*values):
     return gguf.GGUFValue(list(values), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32)
 
 
-@pytest.mark.parametrize("change, says", (
-    (lambda m: m.fields.update({"split.count": number(2)}), "one of 2 parts"),
-    (lambda m: m.tensors.update({"blk.1.ffn_gate_exps.weight": m.tensors["blk.1.ffn_up.weight"]}), "ffn_gate_exps"),
-    (lambda m: m.fields.pop("llama.block_count"), "llama.block_count"),
-    (lambda m: m.tensors.pop("blk.2.ffn_up.weight"), "lacks blk.2.ffn_up.weight"),
-    (lambda m: m.tensors.pop("output_norm.weight"), "lacks output_norm.weight"),
-    (lambda m: m.fields.update({"llama.rope.dimension_count": number(8)}), "part of each head"),
-    (lambda m: m.fields.update({"llama.attention.head_count": numbers(4, 4, 4, 4)}), "head_count differs from layer"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "change, says",
+    (
+        (lambda m: m.fields.update({"split.count": number(2)}), "one of 2 parts"),
+        (lambda m: m.tensors.update({"blk.1.ffn_gate_exps.weight": m.tensors["blk.1.ffn_up.weight"]}), "ffn_gate_exps"),
+        (lambda m: m.fields.pop("llama.block_count"), "llama.block_count"),
+        (lambda m: m.tensors.pop("blk.2.ffn_up.weight"), "lacks blk.2.ffn_up.weight"),
+        (lambda m: m.tensors.pop("output_norm.weight"), "lacks output_norm.weight"),
+        (lambda m: m.fields.update({"llama.rope.dimension_count": number(8)}), "part of each head"),
+        (
+            lambda m: m.fields.update({"llama.attention.head_count": numbers(4, 4, 4, 4)}),
+            "head_count differs from layer",
+        ),
+    ),
+)
 def test_a_gguf_file_that_cannot_be_pruned_is_refused(folder, tmp_path, change, says):
     model = read_gguf(written(folder(), tmp_path / "dense", ""))
     change(model)

@@ -1,11 +1,12 @@
 """What a source may hold beside what its class saves, and what it may lack: the same for every format."""
+
 import pytest
 import torch
 from families import toy
 from safetensors.torch import load_file, save_file
 from test_export_gguf import SHAPE, assert_same, blocks, byte_level, tensors
 
-from lib.export import FORMATS, export
+from lib.export.write import FORMATS, export
 
 REMOVED = "mha1 mlp1"  # every format can have it
 WEIGHTS = "model.safetensors"
@@ -37,10 +38,15 @@ def stored(folder, target, format):
     return {name: tuple(tensor.shape) for name, tensor in load_file(target / WEIGHTS).items()}
 
 
-@pytest.mark.parametrize("name, extra", [
-    ("deepseek-v3", "model.layers.61.eh_proj.weight"), ("deepseek-v3", "model.layers.61.self_attn.o_proj.weight"),
-    ("glm4-moe", "model.layers.46.eh_proj.weight"), ("qwen3.5", "mtp.layers.0.self_attn.o_proj.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, extra",
+    [
+        ("deepseek-v3", "model.layers.61.eh_proj.weight"),
+        ("deepseek-v3", "model.layers.61.self_attn.o_proj.weight"),
+        ("glm4-moe", "model.layers.46.eh_proj.weight"),
+        ("qwen3.5", "mtp.layers.0.self_attn.o_proj.weight"),
+    ],
+)
 @pytest.mark.parametrize("format", ["stock", "hf", "zeroed"])
 def test_layers_that_predict_more_tokens_are_left_out(name, extra, format, tmp_path):
     for kind in ("plain", "more"):

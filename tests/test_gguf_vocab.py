@@ -1,4 +1,5 @@
 """lib/gguf_vocab.py: llama.cpp cuts text into the same tokens, or the tokenizer is refused."""
+
 import json
 
 import pytest
@@ -6,7 +7,7 @@ from families import toy
 from test_export_gguf import SHAPE, byte_level, refused, written
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lib import gguf_vocab
+from lib.export import gguf_vocab
 
 
 def sentencepiece_like(prefix=True):
@@ -17,8 +18,10 @@ def sentencepiece_like(prefix=True):
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     steps = [normalizers.Prepend("▁")] * prefix + [normalizers.Replace(" ", "▁")]
     trained.normalizer = normalizers.Sequence(steps)
-    trained.train_from_iterator(["The quick brown fox jumps over the lazy dog the end 12"] * 3,
-        trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False))  # fmt: skip
+    trained.train_from_iterator(
+        ["The quick brown fox jumps over the lazy dog the end 12"] * 3,
+        trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False),
+    )
     spec = json.loads(trained.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]  # bytes are tokens of the model's own
     tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -44,15 +47,19 @@ TOKENIZERS = {
     "byte fallback, no space before": lambda: sentencepiece_like(prefix=False),
 }
 TEXTS = (
-    "The quick brown fox's 1234567 jumps, they've said; 99 99 the end.\n\n  end", "the  lazy dog\t12", " lead",
-    "naïve 日本 🙂", "THEY'VE the end  ", "</s>the<s>",
-)  # fmt: skip
+    "The quick brown fox's 1234567 jumps, they've said; 99 99 the end.\n\n  end",
+    "the  lazy dog\t12",
+    " lead",
+    "naïve 日本 🙂",
+    "THEY'VE the end  ",
+    "</s>the<s>",
+)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_llama_cpp_cuts_text_into_the_same_tokens(tmp_path, name):
     pytest.importorskip("xllamacpp")
-    from scripts.llamacpp import Server
+    from lib.export.runtimes import Server
 
     toy("llama", **SHAPE | {"vocab_size": 352}).save_pretrained(tmp_path / "model")
     tokenizer = TOKENIZERS[name]()
@@ -88,15 +95,18 @@ def lower_case():
     return tokenizer
 
 
-@pytest.mark.parametrize("make, says", (
-    (unigram, "Unigram instead of BPE"),
-    (lambda: byte_level(merges=0), "without merges"),
-    (too_many, "tokens, the model knows 320"),
-    (lambda: byte_level(split("x+")), "it splits text by"),
-    (lambda: byte_level(pre_tokenizers.Whitespace()), "Whitespace"),
-    (lower_case, "normalizer is Lowercase"),
-    (doubled, "more than one BOS"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "make, says",
+    (
+        (unigram, "Unigram instead of BPE"),
+        (lambda: byte_level(merges=0), "without merges"),
+        (too_many, "tokens, the model knows 320"),
+        (lambda: byte_level(split("x+")), "it splits text by"),
+        (lambda: byte_level(pre_tokenizers.Whitespace()), "Whitespace"),
+        (lower_case, "normalizer is Lowercase"),
+        (doubled, "more than one BOS"),
+    ),
+)
 def test_a_tokenizer_that_llama_cpp_has_no_equal_of_is_refused(tmp_path, make, says):
     toy("llama", **SHAPE).save_pretrained(tmp_path / "model")
     make().save_pretrained(tmp_path / "model")

@@ -1,10 +1,11 @@
 """The head on a GPU that tests make up: larger slices, the same losses; and the proof of a model on two GPUs."""
+
 import pytest
 import torch
 from families import V, toy
 
-from lib import blocks
-from lib.blocks import Decoder
+from lib import decoder as blocks
+from lib.decoder import Decoder
 from lib.evaluate import last_states
 
 IDS = torch.randint(V, (3, 128), generator=torch.Generator().manual_seed(1))  # as long as the positions of OPT reach

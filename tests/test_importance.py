@@ -2,6 +2,7 @@
 
 And the command line of all of them: block_search.py --metric, --block-type layer, --protect-*, --target-ratio.
 """
+
 import copy
 import json
 import math
@@ -12,7 +13,8 @@ from command_line import tree
 from families import V, toy
 
 import block_search
-from lib.blocks import Block, Decoder
+from lib.blocks import Block
+from lib.decoder import Decoder
 from lib.importance import METRICS, WINDOW_METRICS, _roomy, check_weights, ranked
 from lib.orders import read_order
 from lib.search import cached, exhaustive, race, streamed
@@ -147,8 +149,9 @@ def test_a_metric_is_its_formula_on_the_plain_model(metric, name, block_type):
 def test_windows_of_layers_are_their_formulas_on_the_plain_model(name):
     decoder, states = Decoder(toy(name)), forward(toy(name), name)[1]
     for n in range(1, L + 1):
-        angles = {i: cosine(states[i][:, -1], states[i + n][:, -1]).arccos().mean().item() / math.pi
-                  for i in range(L - n + 1)}  # fmt: skip
+        angles = {
+            i: cosine(states[i][:, -1], states[i + n][:, -1]).arccos().mean().item() / math.pi for i in range(L - n + 1)
+        }
         assert WINDOW_METRICS["angular"](decoder, n, WINDOWS, batch_size=2) == pytest.approx(angles, rel=1e-5)
         cosines = {i: 1 - cosine(states[i], states[i + n]).mean().item() for i in range(L - n + 1)}
         assert WINDOW_METRICS["window_cos"](decoder, n, WINDOWS, batch_size=2) == pytest.approx(cosines, rel=1e-5)
@@ -427,9 +430,9 @@ def test_a_ratio_is_reached_with_the_fewest_removals(search, toy_folder, metric,
         order, _ = read_order(run.result["order_file"])
         assert run.code == 0 and run.result["removed_percent"] >= 100 * ratio
         assert decoder.block_parameters(order[: -2 if block_type == "layer" else -1]) < ratio * total
-        assert "nothing to do" in search(
-            metric=metric, block_type=block_type, target_ratio=ratio, del_block_num=None
-        ).out
+        assert (
+            "nothing to do" in search(metric=metric, block_type=block_type, target_ratio=ratio, del_block_num=None).out
+        )
 
 
 def test_protected_layers_stay(search):
@@ -483,14 +486,27 @@ def test_ratios_that_cannot_be_reached_are_refused(refused):
     refused("--target-ratio", "--del-block-num", "not allowed", target_ratio="0.2", del_block_num=2)
     for changes in ({}, {"block_type": "layer"}, {"block_type": "layer", "metric": "angular"}):
         refused(
-            "--target-ratio 0.5", "2 of 3 layers protected", "hold 0.", "use at most that",
-            target_ratio=0.5, del_block_num=None, protect_first=1, protect_last=1, **changes,
-        )  # fmt: skip
+            "--target-ratio 0.5",
+            "2 of 3 layers protected",
+            "hold 0.",
+            "use at most that",
+            target_ratio=0.5,
+            del_block_num=None,
+            protect_first=1,
+            protect_last=1,
+            **changes,
+        )
     refused("--target-ratio 0.9", "3 blocks (all mha)", target_ratio=0.9, del_block_num=None, block_type="mha")
 
 
 def test_more_protected_layers_than_there_are_is_refused(refused):
     refused("--protect-first 2 --protect-last 2", "3 layers", "0..3", protect_first=2, protect_last=2)
-    refused("--del-block-num 3", "2 blocks (1 mha + 1 mlp, 2 of 3 layers protected)", "0..2",
-            del_block_num=3, protect_first=1, protect_last=1)  # fmt: skip
+    refused(
+        "--del-block-num 3",
+        "2 blocks (1 mha + 1 mlp, 2 of 3 layers protected)",
+        "0..2",
+        del_block_num=3,
+        protect_first=1,
+        protect_last=1,
+    )
     refused("--protect-first", "'-1'", protect_first="-1")

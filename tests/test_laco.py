@@ -1,4 +1,5 @@
 """LaCo against a merge written here on the plain model, and its command line; PruneMe's table and MergeKit file."""
+
 import copy
 import csv
 import json
@@ -14,18 +15,30 @@ from command_line import SMALL, assert_refused, flags, tree
 from families import V, toy
 from safetensors.torch import load_file, save_file
 
-from lib.blocks import Decoder
+from lib.decoder import Decoder
 from lib.laco import VARIANTS, applied, collapse, write
 from scripts import angular, laco
 
 WINDOWS = torch.randint(V, (2, 20), generator=torch.Generator().manual_seed(1))
 L = 8
 LINEAR = {
-    "llama": ("model", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
-    "gpt-neox": ("gpt_neox", ("attention.query_key_value", "attention.dense",
-                              "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
-}  # fmt: skip
+    "llama": (
+        "model",
+        (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        ),
+    ),
+    "gpt-neox": (
+        "gpt_neox",
+        ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    ),
+}
 
 
 def deep_toy(name="llama", **overrides):
@@ -46,8 +59,12 @@ def merge_by_hand(model, name, place, C, variant):
 
 def final_states(model, name):
     caught = []
-    hook = model.get_submodule(LINEAR[name][0]).layers[-1].register_forward_hook(
-        lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
+    hook = (
+        model.get_submodule(LINEAR[name][0])
+        .layers[-1]
+        .register_forward_hook(
+            lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
+        )
     )
     with torch.no_grad():
         model(input_ids=WINDOWS, use_cache=False)
@@ -71,10 +88,15 @@ def laco_by_hand(model, name, threshold, C, interval, low, high, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name, threshold, C, interval, low, high", (
-    ("llama", 0.3, 3, 2, 1, L), ("llama", 0.3, 4, 1, 0, L - 1), ("llama", -1.0, 2, 2, 1, L),
-    ("gpt-neox", 0.5, 3, 2, 1, L),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, threshold, C, interval, low, high",
+    (
+        ("llama", 0.3, 3, 2, 1, L),
+        ("llama", 0.3, 4, 1, 0, L - 1),
+        ("llama", -1.0, 2, 2, 1, L),
+        ("gpt-neox", 0.5, 3, 2, 1, L),
+    ),
+)
 def test_layers_merge_as_the_paper_and_its_notebook_say(name, threshold, C, interval, low, high, variant, tmp_path):
     expected, merges = laco_by_hand(deep_toy(name), name, threshold, C, interval, low, high, variant)
     model = deep_toy(name)
@@ -190,8 +212,14 @@ def test_laco_refuses_in_one_line(run, toy_folder, tmp_path):
     refused("[0, 7)", threshold=0.5, lowest=0, highest=7)
     refused("--merge-layers 1", threshold=0.5, merge_layers=1)
     refused("--threshold", "share from 0 to 1", threshold=2)
-    refused("MixtralDecoderLayer", "experts", "another method", threshold=0.5, merge_layers=2,
-            model_path=toy_folder("mixtral"))  # fmt: skip
+    refused(
+        "MixtralDecoderLayer",
+        "experts",
+        "another method",
+        threshold=0.5,
+        merge_layers=2,
+        model_path=toy_folder("mixtral"),
+    )
     refused("no such file or folder", threshold=0.5, model_path=tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("not a model")

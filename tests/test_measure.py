@@ -1,4 +1,5 @@
 """lib/measure.py and scripts/bench_model.py: what is counted is what real caches and models hold."""
+
 import json
 import types
 from functools import partial
@@ -10,8 +11,9 @@ from command_line import assert_refused, flags, tree, write_gguf
 from families import TOYS, V, toy
 
 from lib import measure
-from lib.blocks import Block, Decoder
-from lib.export import export
+from lib.blocks import Block
+from lib.decoder import Decoder
+from lib.export.write import export
 from lib.model import parameter_count, skeleton
 from lib.orders import save_order
 from scripts import bench_model, bench_search
@@ -120,9 +122,18 @@ def cached_bytes(model, T):
 
 
 HEADS = {  # key-value heads and head width, by hand
-    "llama": (2, 8), "gemma2": (2, 8), "gemma3": (2, 8), "qwen3": (2, 8), "phi3": (2, 8), "gpt2": (4, 8),
-    "gpt-neox": (4, 8), "bloom": (4, 8), "falcon-7b": (1, 8), "opt": (4, 8), "qwen2-sliding": (2, 8),
-}  # fmt: skip
+    "llama": (2, 8),
+    "gemma2": (2, 8),
+    "gemma3": (2, 8),
+    "qwen3": (2, 8),
+    "phi3": (2, 8),
+    "gpt2": (4, 8),
+    "gpt-neox": (4, 8),
+    "bloom": (4, 8),
+    "falcon-7b": (1, 8),
+    "opt": (4, 8),
+    "qwen2-sliding": (2, 8),
+}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -189,8 +200,7 @@ def test_peak_memory_is_what_a_run_adds_each_time(pieces):
 
 # ---- the command ---------------------------------------------------------------------------------
 
-QUICK = {"device": "cpu", "compute_dtype": "fp32", "batch_sizes": 1, "prompt_lengths": 4, "new_tokens": 3,
-         "repeats": 2}  # fmt: skip
+QUICK = {"device": "cpu", "compute_dtype": "fp32", "batch_sizes": 1, "prompt_lengths": 4, "new_tokens": 3, "repeats": 2}
 
 
 @pytest.fixture
@@ -276,11 +286,14 @@ def test_sliding_windows_are_noted(bench, toy_folder):
     assert "256 of its KV bytes/token stop growing at a window of 8 tokens" in run.out
 
 
-@pytest.mark.parametrize("paths, expected", (
-    (("a/x", "b/y"), ["x", "y"]),
-    (("a/x", "b/x", "c"), ["a/x", "b/x", "c"]),
-    (("a/x", "a/x", "b/y"), ["a/x (1)", "a/x (2)", "y"]),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "paths, expected",
+    (
+        (("a/x", "b/y"), ["x", "y"]),
+        (("a/x", "b/x", "c"), ["a/x", "b/x", "c"]),
+        (("a/x", "a/x", "b/y"), ["a/x (1)", "a/x (2)", "y"]),
+    ),
+)
 def test_models_have_different_names(paths, expected):
     assert bench_model.names(paths) == expected
 
@@ -358,7 +371,7 @@ def test_an_order_of_the_base_is_no_order_of_its_pruned_export(refused, toy_fold
 
 
 def test_models_that_do_not_fit_the_memory_are_refused(refused, toy_folder, monkeypatch):
-    monkeypatch.setattr("lib.trajectories.free_bytes", lambda device: (4 * 39648 * 2 - 1, 0))
+    monkeypatch.setattr("lib.memory.free_bytes", lambda device: (4 * 39648 * 2 - 1, 0))
     refused("GiB of weights", "compare fewer models", models=[toy_folder()] * 2)
 
 
@@ -367,10 +380,18 @@ def test_devices_that_are_not_there_are_refused(refused):
 
 
 def test_search_benchmark_shares_the_measurements(call, toy_folder, text, tmp_path):
-    run = call(bench_search.main, *flags(
-        model_path=toy_folder(), cal_dataset=text, device="cpu", compute_dtype="fp32", ppl_eval_seqlen=32,
-        del_block_num=1, output_path=tmp_path / "search.json",
-    ))  # fmt: skip
+    run = call(
+        bench_search.main,
+        *flags(
+            model_path=toy_folder(),
+            cal_dataset=text,
+            device="cpu",
+            compute_dtype="fp32",
+            ppl_eval_seqlen=32,
+            del_block_num=1,
+            output_path=tmp_path / "search.json",
+        ),
+    )
     assert run.code == 0, run
     assert set(run.result["engines"]) == {"exhaustive", "cached", "race"}
     assert all(r["same_order"] and r["removals_compared"] == 1 for r in run.result["engines"].values())
@@ -378,8 +399,14 @@ def test_search_benchmark_shares_the_measurements(call, toy_folder, text, tmp_pa
 
 
 def test_search_benchmark_claims_only_what_it_compared(call, toy_folder, text):
-    given = {"model_path": toy_folder(), "cal_dataset": text, "device": "cpu", "compute_dtype": "fp32",
-             "ppl_eval_seqlen": 32, "del_block_num": 2}  # fmt: skip
+    given = {
+        "model_path": toy_folder(),
+        "cal_dataset": text,
+        "device": "cpu",
+        "compute_dtype": "fp32",
+        "ppl_eval_seqlen": 32,
+        "del_block_num": 2,
+    }
     alone = call(bench_search.main, *flags(**given), "--engines", "race").result["engines"]["race"]
     assert alone["same_order"] is alone["same_scores"] is alone["compared_with"] is None
     line = [*flags(**given, exhaustive_steps=1), "--engines", "exhaustive", "race"]
@@ -398,12 +425,20 @@ def test_search_benchmark_claims_only_what_it_compared(call, toy_folder, text):
 def test_search_benchmark_runs_an_engine_once_and_ends_in_one_line(call, toy_folder, text, monkeypatch):
     from lib import search
 
-    given = flags(model_path=toy_folder(), cal_dataset=text, device="cpu", compute_dtype="fp32", ppl_eval_seqlen=32,
-                  del_block_num=2)  # fmt: skip
+    given = flags(
+        model_path=toy_folder(),
+        cal_dataset=text,
+        device="cpu",
+        compute_dtype="fp32",
+        ppl_eval_seqlen=32,
+        del_block_num=2,
+    )
     run = call(bench_search.main, *given, "--engines", "cached", "cached")
     assert list(run.result["engines"]) == ["cached"] and run.result["engines"]["cached"]["steps_timed"] == 2
-    for error, says in ((search.NoFiniteCandidate({}), "try --compute-dtype fp32"),
-                        (torch.OutOfMemoryError("CUDA"), "--cache-gb")):  # fmt: skip
+    for error, says in (
+        (search.NoFiniteCandidate({}), "try --compute-dtype fp32"),
+        (torch.OutOfMemoryError("CUDA"), "--cache-gb"),
+    ):
 
         def failing(*args, error=error, **kwargs):
             raise error

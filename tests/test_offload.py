@@ -1,4 +1,5 @@
 """Layer streaming: an offloaded model gives the numbers of one in memory, and moves each layer once."""
+
 import shutil
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from families import V, toy
 from memory import in_fresh_process, linux_only
 
-from lib.blocks import Decoder
+from lib.decoder import Decoder
 from lib.evaluate import OBJECTIVES, window_losses
 from lib.importance import METRICS, WINDOW_METRICS
 from lib.model import load_model
@@ -68,8 +69,14 @@ def test_each_layer_is_moved_once_for_a_group_of_candidates(offloaded):
     state = WINDOWS.numel() * 32 * 4
     expected = list(exhaustive(decoder, decoder.blocks(), WINDOWS, 2, batch_size=2))
     moves()
-    budgets = {None: [1, 1, 1], 7 * state: [1, 1, 1], 4 * state: [1, 2, 2], 3 * state: [1, 2, 3],
-               3 * state - 1: [2, 4, 6], 0: [2, 4, 6]}  # one state is the base model's  # fmt: skip
+    budgets = {
+        None: [1, 1, 1],
+        7 * state: [1, 1, 1],
+        4 * state: [1, 2, 2],
+        3 * state: [1, 2, 3],
+        3 * state - 1: [2, 4, 6],
+        0: [2, 4, 6],
+    }  # one state is the base model's
     for budget, times in budgets.items():
         steps = streamed(decoder, decoder.blocks(), WINDOWS, 2, batch_size=2, cache_bytes=budget)
         first = next(steps)
@@ -110,7 +117,7 @@ def test_offloaded_weights_have_a_magnitude_and_no_gradient(toy_folder):
 
 
 MEMORY = """
-from lib.blocks import Decoder
+from lib.decoder import Decoder
 from lib.model import load_model
 from lib.search import streamed
 _, folder, small, how = sys.argv
@@ -137,7 +144,7 @@ def test_weights_of_four_times_the_memory_are_searched(toy_folder, tmp_path):
 
 
 STATES = """
-from lib.blocks import Decoder
+from lib.decoder import Decoder
 from lib.model import load_model
 from lib.search import exhaustive, streamed
 windows = torch.arange(4096).view(32, 128) % 256

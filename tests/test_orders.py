@@ -1,4 +1,5 @@
 """lib/orders.py: names, what is read and refused, and that a write is whole or never happened."""
+
 import json
 import math
 import os
@@ -8,17 +9,21 @@ from pathlib import Path
 import pytest
 
 from lib.blocks import Block
-from lib.orders import check_order, order_path, read_order, save_order, to_json, write_json
+from lib.files import to_json, write_json
+from lib.orders import check_order, order_path, read_order, save_order
 
 ORDER = [Block("mlp", 3), Block("mha", 0), Block("mha", 3), Block("mlp", 1)]
 
 
-@pytest.mark.parametrize("model, dataset, name", (
-    ("meta-llama/Llama-2-7b-hf", "alpaca", "Llama-2-7b-hf_mix_alpaca_ns_8"),
-    ("models/Qwen1.5-7B/", "wikitext2", "Qwen1.5-7B_mix_wikitext2_ns_8"),
-    ("/models/small.Q4_1.gguf", "data/my text.txt", "small.Q4_1_mix_my text_ns_8"),
-    ("../other/model", "a.b.jsonl", "model_mix_a.b_ns_8"),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "model, dataset, name",
+    (
+        ("meta-llama/Llama-2-7b-hf", "alpaca", "Llama-2-7b-hf_mix_alpaca_ns_8"),
+        ("models/Qwen1.5-7B/", "wikitext2", "Qwen1.5-7B_mix_wikitext2_ns_8"),
+        ("/models/small.Q4_1.gguf", "data/my text.txt", "small.Q4_1_mix_my text_ns_8"),
+        ("../other/model", "a.b.jsonl", "model_mix_a.b_ns_8"),
+    ),
+)
 def test_the_file_is_named_as_the_papers_scripts_name_it(model, dataset, name):
     assert order_path("ppls", model, "mix", dataset, 8) == Path("ppls") / f"{name}_del_order_list.json"
 
@@ -79,8 +84,11 @@ def test_json_is_strict_and_one_line():
     text = to_json(value)
     assert "\n" not in text
     assert json.loads(text, parse_constant=pytest.fail) == {
-        "a": ["inf", "-inf", "nan", 1.5], "b": [["mha", 1]], "3": None, "c": "line\nend",
-    }  # fmt: skip
+        "a": ["inf", "-inf", "nan", 1.5],
+        "b": [["mha", 1]],
+        "3": None,
+        "c": "line\nend",
+    }
 
 
 def test_scores_keep_every_digit(tmp_path):
@@ -117,9 +125,31 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, where,
 # ---- random damage -------------------------------------------------------------------------------
 
 ODD = (
-    None, True, 0, -1, 3, 10**30, 1.0, math.nan, 1e400, "", "mha", "mlp", "meta", "1", "\ud800", "\0", [], {}, [[]],
-    ["mha", 1], [["mha", 0]], [["mha", 0], ["mlp", 0]], {"layers": 3}, {"layers": None},
-)  # fmt: skip
+    None,
+    True,
+    0,
+    -1,
+    3,
+    10**30,
+    1.0,
+    math.nan,
+    1e400,
+    "",
+    "mha",
+    "mlp",
+    "meta",
+    "1",
+    "\ud800",
+    "\0",
+    [],
+    {},
+    [[]],
+    ["mha", 1],
+    [["mha", 0]],
+    [["mha", 0], ["mlp", 0]],
+    {"layers": 3},
+    {"layers": None},
+)
 
 
 def damage(value, rng, depth=0):

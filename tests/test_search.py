@@ -1,4 +1,5 @@
 """The engines against a brute-force search by plain forward passes, and against each other, bit for bit."""
+
 import functools
 import math
 import random
@@ -8,10 +9,12 @@ import torch
 from families import TOYS, V, toy
 from memory import in_fresh_process, linux_only
 
-from lib.blocks import Block, Decoder
+from lib.blocks import Block
+from lib.decoder import Decoder
 from lib.evaluate import Objective, last_states, next_token, perplexity, window_losses
+from lib.memory import HOST, Store
 from lib.search import NoFiniteCandidate, _spread, cached, exhaustive, race
-from lib.trajectories import HOST, Plan, Store, Trajectories
+from lib.trajectories import Plan, Trajectories
 
 EVERY = [*TOYS, "baichuan"]
 WINDOWS = torch.randint(V, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -23,6 +26,7 @@ RACE = functools.partial(race, confidence=3.0)
 
 def brute_force(model, kinds, K):
     """The paper's loop with nothing of lib.search: o_proj and down_proj zeroed, plain forwards, torch's loss."""
+
     def score(removed):
         saved = []
         for kind, i in removed:
@@ -248,8 +252,11 @@ def test_race_decides_nothing_on_a_single_token():
 @pytest.mark.parametrize("engine, visits", [(cached, (0, 1, 2)), (RACE, (0, 2, 1))])
 def test_progress_tells_the_score_of_the_windows_seen(engine, visits):
     decoder, told = Decoder(toy("llama")), {}
-    step = next(engine(decoder, decoder.blocks(), WINDOWS, 1, (), 2, lambda b, n, score: told.setdefault(b, []).append(
-        (n, score))))  # fmt: skip
+    step = next(
+        engine(
+            decoder, decoder.blocks(), WINDOWS, 1, (), 2, lambda b, n, score: told.setdefault(b, []).append((n, score))
+        )
+    )
     for block, calls in told.items():
         assert sum(n for n, _ in calls) == 5
         for k in range(len(calls) - 1):
@@ -312,7 +319,7 @@ def test_a_target_that_equals_the_padding_token_counts():
 
 PEAK = """
 from families import toy
-from lib.blocks import Decoder
+from lib.decoder import Decoder
 from lib.search import cached, exhaustive
 decoder = Decoder(toy("llama", hidden_size=64, num_hidden_layers=8))
 windows = torch.randint(96, (32, 128))

@@ -1,24 +1,40 @@
 """lib/tables.py: the best in bold, failures with their reasons, seeds as means, marks escaped."""
+
 import math
 import re
 import statistics
 
 import pytest
 
-from lib import tables
+from lib.report import tables
 
 
 def row(method, ratio, ppl, score=None, **changes):
     tasks = {"piqa": {"score": score, "stderr": 0.03}, "arc_easy": {"score": 0.5, "stderr": 0.04}} if score else {}
-    return {"method": method, "label": method, "ratio": ratio, "seed": None, "removed": [],
-            "removed_percent": ratio + 0.4, "perplexity": {"text": {"value": ppl, "error": 0.125, "level": False}},
-            "tasks": tasks, "speed": None, "failed": None, **changes}  # fmt: skip
+    return {
+        "method": method,
+        "label": method,
+        "ratio": ratio,
+        "seed": None,
+        "removed": [],
+        "removed_percent": ratio + 0.4,
+        "perplexity": {"text": {"value": ppl, "error": 0.125, "level": False}},
+        "tasks": tasks,
+        "speed": None,
+        "failed": None,
+        **changes,
+    }
 
 
 def test_table_puts_the_best_of_each_ratio_in_bold_and_says_why_a_cell_failed():
-    rows = [row("dense", 0, 8.0, 0.7), row("a_b", 10, 12.0, 0.6), row("c", 10, 11.0, 0.5),
-            row("d", 10, math.nan, perplexity={}, failed="cannot reach 10 %: a|b"), row("a_b", 20, 15.0),
-            row("c", 20, 15.0)]  # fmt: skip
+    rows = [
+        row("dense", 0, 8.0, 0.7),
+        row("a_b", 10, 12.0, 0.6),
+        row("c", 10, 11.0, 0.5),
+        row("d", 10, math.nan, perplexity={}, failed="cannot reach 10 %: a|b"),
+        row("a_b", 20, 15.0),
+        row("c", 20, 15.0),
+    ]
     rows[1]["perplexity"]["text"]["level"] = True
     lines = tables.markdown(tables.results_table(rows)).splitlines()
     assert lines[0] == "| method | blocks | ratio % | text PPL | PIQA | ARC-e | average |"
@@ -28,8 +44,10 @@ def test_table_puts_the_best_of_each_ratio_in_bold_and_says_why_a_cell_failed():
         "| c | 0 | 10.40 | **11.00** ± 0.12 | 50.00 ± 3.00 | **50.00** ± 4.00 | 50.00 ± 2.50 |",
         "| d | failed: cannot reach 10 %: a\\|b |  |  |  |  |  |",
     ]
-    assert lines[8:] == ["| a\\_b | 0 | 20.40 | **15.00** ± 0.12 | - | - | - |",
-                         "| c | 0 | 20.40 | **15.00** ± 0.12 | - | - | - |"]  # fmt: skip
+    assert lines[8:] == [
+        "| a\\_b | 0 | 20.40 | **15.00** ± 0.12 | - | - | - |",
+        "| c | 0 | 20.40 | **15.00** ± 0.12 | - | - | - |",
+    ]
 
 
 def test_latex_table_escapes_what_latex_would_obey():
@@ -37,7 +55,7 @@ def test_latex_table_escapes_what_latex_would_obey():
     rows.append(row("d", 10, 1.0, perplexity={}, failed=r"50 % of $x_1 & {y}~\z^#"))
     text = tables.latex(tables.results_table(rows))
     assert r"a\_b & 0 & 10.40 & \textbf{12.00} {\scriptsize$\pm$0.12} \\" in text
-    assert (r"failed: 50 \% of \$x\_1 \& \{y\}\textasciitilde{}\textbackslash{}z\textasciicircum{}\#}" in text)
+    assert r"failed: 50 \% of \$x\_1 \& \{y\}\textasciitilde{}\textbackslash{}z\textasciicircum{}\#}" in text
     body = re.sub(r"\\[&%$#_{}]", "", text)
     for line in body.splitlines():
         if line.endswith(r"\\"):

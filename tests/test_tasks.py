@@ -73,22 +73,13 @@ def toy_rows(count=12) -> dict[str, list[dict]]:
         }
 
     def winogrande():
-        return {
-            "sentence": f"{text()} _ {text()}.",
-            "option1": text(),
-            "option2": text(),
-            "answer": rng.choice("12"),
-        }
+        return {"sentence": f"{text()} _ {text()}.", "option1": text(), "option2": text(), "answer": rng.choice("12")}
 
     return {
-        "piqa": [
-            {"goal": text(), "sol1": text(), "sol2": text(), "label": rng.randrange(2)}
-            for _ in range(count)
-        ],
+        "piqa": [{"goal": text(), "sol1": text(), "sol2": text(), "label": rng.randrange(2)} for _ in range(count)],
         "winogrande": [winogrande() for _ in range(count)],
         "hellaswag": [
-            {"query": text(), "choices": [text() for _ in range(4)], "gold": rng.randrange(4)}
-            for _ in range(count)
+            {"query": text(), "choices": [text() for _ in range(4)], "gold": rng.randrange(4)} for _ in range(count)
         ],
         "arc_easy": [arc(index) for index in range(count)],
         "arc_challenge": [arc(index) for index in range(count)],
@@ -205,12 +196,8 @@ def toy_tokenizer(rows):
         show_progress=False,
     )
     tokenizer.train_from_iterator([json.dumps(rows, ensure_ascii=False)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def toy_model(tokenizer, dtype=torch.float32):
@@ -218,9 +205,14 @@ def toy_model(tokenizer, dtype=torch.float32):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -245,18 +237,14 @@ def asked(monkeypatch) -> dict:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("dtype", "batch_size"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 1)]
-)
+@pytest.mark.parametrize(("dtype", "batch_size"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 1)])
 def test_zero_shot_is_the_plain_accuracy(dtype, batch_size, rows, tmp_path, no_network, asked):
     folder, limit = write_rows(tmp_path / "data", rows), 5
     tokenizer = toy_tokenizer(rows)
     model = toy_model(tokenizer, dtype)
     model.model.layers[0].self_attn = NoAttention()  # a pruned block
     model.model.layers[2].self_attn = NoAttention()
-    scores = tasks.zero_shot(
-        model, tokenizer, tasks.TASKS, batch_size=batch_size, limit=limit, task_data=folder
-    )
+    scores = tasks.zero_shot(model, tokenizer, tasks.TASKS, batch_size=batch_size, limit=limit, task_data=folder)
 
     expected, requests = {}, {}
     for name in tasks.TASKS:
@@ -301,11 +289,7 @@ def test_limit_per_task(tmp_path):
         limit={"piqa": 1, "arc_easy": 3},
         task_data=write_rows(tmp_path / "data", rows),
     )
-    assert {name: score["items"] for name, score in scores.items()} == {
-        "arc_easy": 3,
-        "piqa": 1,
-        "winogrande": 12,
-    }
+    assert {name: score["items"] for name, score in scores.items()} == {"arc_easy": 3, "piqa": 1, "winogrande": 12}
     assert scores["piqa"]["stderr"] is None
     assert json.loads(json.dumps(scores)) == scores
 
@@ -367,8 +351,7 @@ def test_check_tasks_errors(tmp_path, monkeypatch):
 
     folder = lm_eval.tasks.__path__[0]  # a few of its folders: all take ten seconds
     index = lm_eval.tasks.TaskManager(
-        include_defaults=False,
-        include_path=[f"{folder}/arc", f"{folder}/gsm8k", f"{folder}/mmlu/default"],
+        include_defaults=False, include_path=[f"{folder}/arc", f"{folder}/gsm8k", f"{folder}/mmlu/default"]
     )
     monkeypatch.setattr(tasks, "task_manager", lambda hub: index)
     tasks.check_tasks(["arc_easy", "mmlu"])

@@ -1,14 +1,16 @@
 """Where states are held: rooms, spilling from GPUs that tests make up, and the memory that control groups leave."""
+
 import math
 
 import pytest
 import torch
 from families import V, toy
 
-from lib.blocks import Decoder
+from lib.decoder import Decoder
 from lib.evaluate import Objective, next_token
+from lib.memory import HOST, Store, _free_on_host, rooms
 from lib.search import cached, exhaustive, race, streamed
-from lib.trajectories import HOST, Store, Trajectories, _free_on_host, rooms
+from lib.trajectories import Trajectories
 
 WINDOWS = torch.randint(V, (5, 24), generator=torch.Generator().manual_seed(1))
 STATE = 2 * 24 * 32 * 4  # bytes of the state of two windows, hidden size 32, float32
@@ -177,7 +179,7 @@ def test_a_spilled_state_keeps_its_strides():
 
 def test_rooms_are_shares_of_what_is_free_or_the_bytes_given(monkeypatch):
     free = {GPUS[0]: (1000, 400), GPUS[1]: (100, 400), HOST: (500, 0)}
-    monkeypatch.setattr("lib.trajectories.free_bytes", free.get)
+    monkeypatch.setattr("lib.memory.free_bytes", free.get)
     assert rooms([HOST]) == {HOST: 300}
     assert rooms([HOST], 1000) == {HOST: 1000}
     assert rooms(GPUS) == {GPUS[0]: 600, GPUS[1]: 60, HOST: 100}

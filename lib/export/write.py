@@ -7,19 +7,20 @@ brings a small modeling file along ("hf"). "zeroed" keeps every layer and zeroes
 
     export("models/Llama-2-7b-hf", order[:10], "pruned", meta=meta)
 """
+
 import copy
 import shutil
 from pathlib import Path
 
 import torch
 
-from lib import modeling_blockpruned as modeling
-from lib.blocks import block_parameters
-from lib.checkpoint import Entry, Source, verify, write_shards
-from lib.export_decilm import as_decilm
-from lib.export_folder import base_name, card, check_target, complete_or_nothing, copy_small_files, pruned_before
-from lib.export_gguf import as_gguf
-from lib.layers import Layer, repack
+from lib.decoder import block_parameters
+from lib.export import modeling_blockpruned as modeling
+from lib.export.checkpoint import Entry, Source, verify, write_shards
+from lib.export.decilm import as_decilm
+from lib.export.folder import base_name, card, check_target, complete_or_nothing, copy_small_files, pruned_before
+from lib.export.gguf import as_gguf
+from lib.export.layers import Layer, repack
 from lib.model import parameter_count, readable
 from lib.orders import check_order
 
@@ -32,13 +33,38 @@ PATTERNS = {
     "no_rope_layer_interval": ("no_rope_layers", 0),
 }
 SEARCH_KEYS = (  # what of an order's meta goes into the export
-    "block_type", "dataset", "source", "split", "seed", "documents", "windows", "seqlen", "tokens", "text_sha256",
-    "dtype", "engine", "approximate", "metric", "protect_first", "protect_last", "window",
-)  # fmt: skip
+    "block_type",
+    "dataset",
+    "source",
+    "split",
+    "seed",
+    "documents",
+    "windows",
+    "seqlen",
+    "tokens",
+    "text_sha256",
+    "dtype",
+    "engine",
+    "approximate",
+    "metric",
+    "protect_first",
+    "protect_last",
+    "window",
+)
 
 
-def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=False, trust_remote_code=False,
-           meta=(), versions=(), evaluated=None):  # fmt: skip
+def export(
+    path,
+    removed,
+    folder,
+    format="auto",
+    compute_dtype=None,
+    overwrite=False,
+    trust_remote_code=False,
+    meta=(),
+    versions=(),
+    evaluated=None,
+):
     """Write the model at `path` without the blocks `removed` to `folder`; return what was written, as a dict.
 
     path, compute_dtype, trust_remote_code: as in lib.checkpoint.Source. removed: blocks in the order of their
@@ -55,11 +81,17 @@ def export(path, removed, folder, format="auto", compute_dtype=None, overwrite=F
     total = parameter_count(source.bare)
     kept = total - block_parameters(source.layers, removed)
     info = {
-        "base_model": base_name(source), "format": format, "removed": [str(block) for block in removed],
-        "parameters": kept, "dense_parameters": total, "removed_percent": 100 * (1 - kept / total),
-        **perplexities(removed, meta), "search": {k: dict(meta)[k] for k in SEARCH_KEYS if k in dict(meta)},
-        "evaluated": evaluated, "versions": dict(versions),
-    }  # fmt: skip
+        "base_model": base_name(source),
+        "format": format,
+        "removed": [str(block) for block in removed],
+        "parameters": kept,
+        "dense_parameters": total,
+        "removed_percent": 100 * (1 - kept / total),
+        **perplexities(removed, meta),
+        "search": {k: dict(meta)[k] for k in SEARCH_KEYS if k in dict(meta)},
+        "evaluated": evaluated,
+        "versions": dict(versions),
+    }
     if before := pruned_before(source):
         info["pruned_before"] = before
     write, how_to_load = FORMATS[format](source, removed, info)
@@ -111,12 +143,19 @@ def as_hf(source, removed, info):
     fields = {field: values[field] for field in changed}
     row = {key: list(names) for key, names in source.family._asdict().items()}
     auto = dict(zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), names, strict=True))
-    config = config_class.from_dict(values | changed | {
-        "model_type": config_class.model_type, "architectures": [names[-1]],
-        "auto_map": {key: f"{Path(modeling.__file__).stem}.{name}" for key, name in auto.items()},
-        "source_blocks": [", ".join(map(str, chain)) for chain in chains], "source_fields": fields,
-        "block_modules": {"layer": type(source.layers[0]).__name__, **row}, "pruning_info": info,
-    })  # fmt: skip
+    config = config_class.from_dict(
+        values
+        | changed
+        | {
+            "model_type": config_class.model_type,
+            "architectures": [names[-1]],
+            "auto_map": {key: f"{Path(modeling.__file__).stem}.{name}" for key, name in auto.items()},
+            "source_blocks": [", ".join(map(str, chain)) for chain in chains],
+            "source_fields": fields,
+            "block_modules": {"layer": type(source.layers[0]).__name__, **row},
+            "pruning_info": info,
+        }
+    )
     labels = {}
     for k, chain in enumerate(chains):
         for j, layer in enumerate(chain):
@@ -216,8 +255,11 @@ def reindexed(config, n, layers):
     for field, (listed, kind) in PATTERNS.items():
         if values.get(field) and listed in changed:
             every = [value == kind for value in changed[listed]]
-            fits = (p for p in (values[field], *range(2, len(layers) + 2))
-                    if every == [(k + 1) % p == 0 for k in range(len(layers))])  # fmt: skip
+            fits = (
+                p
+                for p in (values[field], *range(2, len(layers) + 2))
+                if every == [(k + 1) % p == 0 for k in range(len(layers))]
+            )
             changed[field] = next(fits, 0)  # no pattern: a reader that needs one must not find the old one
     if "mlp_only_layers" in values:  # layers without experts, which are also those between the steps
         step, dense = values.get("decoder_sparse_step") or 1, values["mlp_only_layers"] or []
@@ -306,7 +348,8 @@ def _settings(module):
     if module is None:
         return None
     plain = {
-        key: value for key, value in vars(module).items()
+        key: value
+        for key, value in vars(module).items()
         if key not in ("layer_idx", "training") and isinstance(value, (int, float, str, bool, tuple, type(None)))
-    }  # fmt: skip
+    }
     return type(module), plain, {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}

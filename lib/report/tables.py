@@ -12,6 +12,7 @@ standard deviation).
 `ratio` is what was asked for, in percent of the parameters, 0 for the dense model; `level` says that the paired
 difference to the best of its ratio is within two standard errors.
 """
+
 import html
 import math
 import statistics
@@ -151,8 +152,16 @@ def html_rows(table):
 def escape_latex(text):
     """Return text with LaTeX's special characters escaped."""
     special = {c: "\\" + c for c in "&%$#_{}"}
-    special |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "<": r"\textless{}",
-                ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "≈": r"$\approx$"}  # fmt: skip
+    special |= {
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "≈": r"$\approx$",
+    }
     return "".join(special.get(c, c) for c in text)
 
 
@@ -180,8 +189,11 @@ def _mean(rows):
         mean = over(statistics.fmean(r["tasks"][name]["score"] for name in shared) for r in rows)
         row["average"] = mean["value"], mean["error"]
     speeds = [r.get("speed") or {} for r in rows]
-    row["speed"] = {name: over(speed[name] for speed in speeds)["value"]
-                    for name in speeds[0] if all(name in speed for speed in speeds)}  # fmt: skip
+    row["speed"] = {
+        name: over(speed[name] for speed in speeds)["value"]
+        for name in speeds[0]
+        if all(name in speed for speed in speeds)
+    }
     return row
 
 

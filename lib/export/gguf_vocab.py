@@ -6,14 +6,13 @@ SPLITS; one that llama.cpp would run differently is refused.
 
     fields = vocabulary(tokenizer, vocab_size=49152)    # metadata key -> gguf.GGUFValue
 """
+
 import json
 
 # What llama.cpp calls a byte-level tokenizer that splits text by these patterns, in this order, and
 # whether a piece that is a token is taken whole, without its merges (tokenizer.json: ignore_merges).
 GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     ((GPT2,), False): "gpt-2",
     ((r"\p{N}", GPT2), False): "smollm",

@@ -1,8 +1,9 @@
 """llama.cpp as a client of exported GGUF files, through the prebuilt wheel `xllamacpp`.
 
-    with Server("pruned/model.gguf", n_ctx=2048) as server:
-        prefill, decode = server.speed(range(100, 612), n=64)
+with Server("pruned/model.gguf", n_ctx=2048) as server:
+    prefill, decode = server.speed(range(100, 612), n=64)
 """
+
 import contextlib
 import json
 import os

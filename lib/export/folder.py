@@ -5,6 +5,7 @@ Tokenizer, generation settings, licence and code come from the source; the model
     with complete_or_nothing("pruned") as folder:
         copy_small_files(source, folder, "stock")
 """
+
 import contextlib
 import json
 import os
@@ -12,18 +13,33 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from lib.export_gguf import read_info
-from lib.model import locate, quiet, readable
+from lib.export.gguf import read_info
+from lib.hub import locate
+from lib.model import quiet, readable
 
 TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
     "chat_template*",
-)  # fmt: skip
+)
 LICENCES = ("LICENSE*", "NOTICE*")
 WRITTEN = (  # all that an export may consist of
-    *TOKENIZER_FILES, *LICENCES, "README.md", "config.json", "generation_config.json", "model.gguf", "*.py",
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-)  # fmt: skip
+    *TOKENIZER_FILES,
+    *LICENCES,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.gguf",
+    "*.py",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)
 
 
 def check_target(folder, path, overwrite=False):

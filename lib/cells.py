@@ -6,6 +6,7 @@ orders that the methods write are block_search.py's.
 
     row, losses, new = fill(bench, Job("sleb", 0.2, None))
 """
+
 import contextlib
 import hashlib
 import json
@@ -36,16 +37,20 @@ METHODS = {
     "mlp": (["--metric", "ppl", "--block-type", "mlp"], "greedy perplexity, MLP blocks only"),
     "sleb": (["--metric", "ppl", "--block-type", "layer"], "greedy perplexity, layers (SLEB)"),
     "kl": (["--metric", "kl", "--block-type", "mix"], "greedy divergence from the dense model, all blocks (EvoPress)"),
-    **{f"{name}{suffix}": (["--metric", metric, "--block-type", kind, "--protect-first", str(first), "--protect-last",
-                            str(last)], f"{what}: {about}")
-       for name, (metric, (first, last), about) in _ONCE.items()
-       for suffix, kind, what in (("", "layer", "layers"), ("-block", "mix", "blocks"))},
+    **{
+        f"{name}{suffix}": (
+            ["--metric", metric, "--block-type", kind, "--protect-first", str(first), "--protect-last", str(last)],
+            f"{what}: {about}",
+        )
+        for name, (metric, (first, last), about) in _ONCE.items()
+        for suffix, kind, what in (("", "layer", "layers"), ("-block", "mix", "blocks"))
+    },
     "angular": (["--metric", "angular", "--block-type", "layer"], "consecutive layers, angle (Gromov et al.)"),
     "window_ppl": (["--metric", "window_ppl", "--block-type", "layer"], "consecutive layers, perplexity (Quark)"),
     "window_cos": (["--metric", "window_cos", "--block-type", "layer"], "consecutive layers, cos (LLM-Streamline)"),
     "laco": (["--variant", "paper"], f"layers merged by differences, judged on {LACO_WINDOWS} windows (LaCo)"),
     "laco-last": (["--variant", "last"], f"layers merged, topmost stays, {LACO_WINDOWS} windows (LaCo's notebook)"),
-}  # fmt: skip
+}
 SEEDED = ("random", "random-block")
 MERGED = ("laco", "laco-last")
 GREEDY = ("blockpruner", "mha", "mlp", "sleb", "kl")
@@ -95,7 +100,7 @@ class Bench(NamedTuple):
 
 def fill(bench, job):
     """Return (row of lib.tables, {text: loss sums}, how many measurements were made now) of a cell."""
-    from lib.orders import write_json
+    from lib.files import write_json
 
     path, cell = open_cell(bench, job)
     wanted, new, failed = measurements(bench, job), 0, None
@@ -135,8 +140,13 @@ def reason(error):
 
 def open_cell(bench, job):
     """Return (path, content) of the file that keeps a cell; its name holds a hash of all that decides the removals."""
-    settings = {**cell_settings(bench), "method": job.method, "ratio": job.ratio, "seed": job.seed,
-                "flags": METHODS[job.method][0] if job.ratio else []}  # fmt: skip
+    settings = {
+        **cell_settings(bench),
+        "method": job.method,
+        "ratio": job.ratio,
+        "seed": job.seed,
+        "flags": METHODS[job.method][0] if job.ratio else [],
+    }
     if job.method in MERGED:
         settings["windows"] = LACO_WINDOWS
     deciding = dict(settings)
@@ -157,9 +167,14 @@ def cell_settings(bench):
     """Return the settings that decide which blocks go, and with which numbers."""
     args = bench.args
     return {
-        "model": args.model_path, "weights": bench.weights, "dtype": args.compute_dtype, "device": args.device,
-        "search": args.search, "batch_size": args.ppl_eval_batch_size, "calibration": bench.calibration.about,
-    }  # fmt: skip
+        "model": args.model_path,
+        "weights": bench.weights,
+        "dtype": args.compute_dtype,
+        "device": args.device,
+        "search": args.search,
+        "batch_size": args.ppl_eval_batch_size,
+        "calibration": bench.calibration.about,
+    }
 
 
 def digest(value):
@@ -177,13 +192,23 @@ def remove(bench, job):
 
     args = block_search.parse_args(search_flags(bench, job))[1]
     plan = candidates.candidates(
-        bench.decoder.layers, bench.parameters, args.block_type, 0, args.target_ratio, args.protect_first,
-        args.protect_last, consecutive=args.metric in block_search.WINDOWS,
-    )  # fmt: skip
+        bench.decoder.layers,
+        bench.parameters,
+        args.block_type,
+        0,
+        args.target_ratio,
+        args.protect_first,
+        args.protect_last,
+        consecutive=args.metric in block_search.WINDOWS,
+    )
     path = orders.order_path(
-        args.ppl_search_path, args.model_path, args.block_type, args.cal_dataset, args.cal_nsamples,
+        args.ppl_search_path,
+        args.model_path,
+        args.block_type,
+        args.cal_dataset,
+        args.cal_nsamples,
         block_search.metric_name(args, plan),
-    )  # fmt: skip
+    )
     fresh = block_search.describe(args, bench.corpus, bench.calibration.windows, plan)
     order, meta = block_search.resume(path, fresh, overwrite=False)
     if not plan.enough(order):
@@ -208,13 +233,17 @@ def merge(bench, job):
     laco.check_mergeable(decoder)
     n = candidates.candidates(
         decoder.layers, bench.parameters, "layer", ratio=job.ratio, first=1, consecutive=True
-    ).window  # fmt: skip
+    ).window
     for C in laco.merge_sizes(n):
         try:
             found = laco.collapse(
-                decoder, bench.calibration.windows[:LACO_WINDOWS], C, variant=METHODS[job.method][0][1], remove=n,
+                decoder,
+                bench.calibration.windows[:LACO_WINDOWS],
+                C,
+                variant=METHODS[job.method][0][1],
+                remove=n,
                 batch_size=args.ppl_eval_batch_size,
-            )  # fmt: skip
+            )
             break
         except ValueError as error:  # smaller merges may reach it
             reason = error
@@ -270,11 +299,29 @@ def search_flags(bench, job):
     """Return the command line of block_search.py that writes a cell's order."""
     args = bench.args
     folder = bench.folder / "orders" / digest(cell_settings(bench)) / job.method
-    words = ["--model-path", args.model_path, "--device", args.device, "--compute-dtype", args.compute_dtype,
-             "--cal-dataset", args.cal_dataset, "--cal-nsamples", args.cal_nsamples,
-             "--ppl-eval-seqlen", args.ppl_eval_seqlen, "--ppl-eval-batch-size", args.ppl_eval_batch_size,
-             "--seed", args.seed if job.seed is None else job.seed, "--ppl-search-path", folder,
-             "--target-ratio", job.ratio, *METHODS[job.method][0]]  # fmt: skip
+    words = [
+        "--model-path",
+        args.model_path,
+        "--device",
+        args.device,
+        "--compute-dtype",
+        args.compute_dtype,
+        "--cal-dataset",
+        args.cal_dataset,
+        "--cal-nsamples",
+        args.cal_nsamples,
+        "--ppl-eval-seqlen",
+        args.ppl_eval_seqlen,
+        "--ppl-eval-batch-size",
+        args.ppl_eval_batch_size,
+        "--seed",
+        args.seed if job.seed is None else job.seed,
+        "--ppl-search-path",
+        folder,
+        "--target-ratio",
+        job.ratio,
+        *METHODS[job.method][0],
+    ]
     if job.method in GREEDY:
         words += ["--search", args.search]
     for name in ("cal_split", "text_column", "data_dir"):
@@ -284,7 +331,7 @@ def search_flags(bench, job):
 
 
 def removed_blocks(cell):
-    from lib.orders import parse_block
+    from lib.blocks import parse_block
 
     return [parse_block(name) for name in cell["removed"]]
 
@@ -369,14 +416,31 @@ def row_of(bench, job, cell, failed):
     args, parameters = bench.args, bench.parameters
     whole = all(text_key(text) in cell["measured"] for text in bench.texts)
     incomplete, failed = (failed, None) if whole else (None, failed)
-    row = {"method": job.method, "label": job.method, "ratio": 100 * job.ratio, "seed": job.seed, "removed": [],
-           "removed_percent": None, "parameters": None, "perplexity": {}, "tasks": {}, "speed": None,
-           "order_file": cell.get("order_file"), "laco": cell.get("laco"), "failed": failed,
-           "incomplete": incomplete, "seconds": sum(cell["seconds"].values())}  # fmt: skip
+    row = {
+        "method": job.method,
+        "label": job.method,
+        "ratio": 100 * job.ratio,
+        "seed": job.seed,
+        "removed": [],
+        "removed_percent": None,
+        "parameters": None,
+        "perplexity": {},
+        "tasks": {},
+        "speed": None,
+        "order_file": cell.get("order_file"),
+        "laco": cell.get("laco"),
+        "failed": failed,
+        "incomplete": incomplete,
+        "seconds": sum(cell["seconds"].values()),
+    }
     if failed is None:
         gone = bench.decoder.block_parameters(removed_blocks(cell))
         found = {task: cell["measured"].get(task_key(args, task)) for task in args.tasks}
-        row |= {"removed": cell["removed"], "parameters": parameters - gone, "removed_percent": 100 * gone / parameters,
-                "speed": cell["measured"].get(SPEED) if args.measure else None,
-                "tasks": {task: score for task, score in found.items() if score}}  # fmt: skip
+        row |= {
+            "removed": cell["removed"],
+            "parameters": parameters - gone,
+            "removed_percent": 100 * gone / parameters,
+            "speed": cell["measured"].get(SPEED) if args.measure else None,
+            "tasks": {task: score for task, score in found.items() if score},
+        }
     return row

@@ -7,13 +7,14 @@ new spelling, an output bias wherever the queries have one.
 
     export("models/Llama-2-7b-hf", order[:10], "pruned", format="decilm")
 """
+
 import json
 import math
 
 import torch
 
-from lib.checkpoint import Entry, verify, write_shards
-from lib.layers import repack
+from lib.export.checkpoint import Entry, verify, write_shards
+from lib.export.layers import repack
 
 FAMILIES = ("llama", "mistral", "qwen2")  # model types: SiLU, no norms of queries and keys, none behind a block
 ROPE_TYPES = ("default", "linear", "llama3")  # the same in all these runtimes
@@ -125,17 +126,30 @@ def _config(source, layers, info):
     width, rope = padded(config.intermediate_size), dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     mha = {
-        "no_op": False, "replace_with_linear": False,
+        "no_op": False,
+        "replace_with_linear": False,
         "n_heads_in_group": config.num_attention_heads // config.num_key_value_heads,
-    }  # fmt: skip
+    }
     # read back as int(2 * ffn_mult * hidden_size / 3), then up to a multiple of 256: aimed at the middle
     mlp = {"no_op": False, "replace_with_linear": False, "ffn_mult": 1.5 * (width - WIDTH // 2) / config.hidden_size}
     no_mha, no_mlp = mha | {"no_op": True, "n_heads_in_group": None}, mlp | {"no_op": True, "ffn_mult": None}
-    kept = {name: getattr(config, name) for name in (
-        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps",
-        "max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
-        "tie_word_embeddings",
-    )}  # fmt: skip
+    kept = {
+        name: getattr(config, name)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "hidden_act",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "initializer_range",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "tie_word_embeddings",
+        )
+    }
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -151,10 +165,7 @@ def _config(source, layers, info):
         "rope_parameters": rope,
         "dtype": str(source.entry(_embedding(source)).dtype).removeprefix("torch."),
         "block_configs": [
-            {
-                "attention": no_mha if layer.mha is None and i else mha,
-                "ffn": no_mlp if layer.mlp is None else mlp,
-            }
+            {"attention": no_mha if layer.mha is None and i else mha, "ffn": no_mlp if layer.mlp is None else mlp}
             for i, layer in enumerate(layers)
         ],
         "pruning_info": info,

@@ -8,6 +8,7 @@ while loading.
     source = Source("models/Llama-2-7b-hf")
     write_shards("copy", [source.entry(name) for name in source.names()])
 """
+
 import copy
 import functools
 import json
@@ -19,15 +20,25 @@ from typing import NamedTuple
 
 import torch
 
-from lib.blocks import KINDS, find_layers
+from lib.blocks import KINDS
+from lib.decoder import find_layers
 from lib.families import FAMILIES
-from lib.model import DTYPES, load_config, load_model, locate, quiet, readable, skeleton
+from lib.hub import locate
+from lib.model import DTYPES, check_whole, load_config, load_model, quiet, readable, skeleton
 
 SHARD_BYTES = 5 * 10**9
 CODES = {  # the names of safetensors
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?)\.)(\d+)\.(.+)")
 INDEX = {"model.safetensors": "model.safetensors.index.json", "pytorch_model.bin": "pytorch_model.bin.index.json"}
 
@@ -205,15 +216,6 @@ class Source:
         return _entries(revert_weight_conversion(model, state))
 
 
-def check_whole(config, path):
-    """Raise ValueError for an export of format hf: its blocks are not numbered as those of a whole model."""
-    if hasattr(config, "source_blocks"):
-        raise ValueError(
-            f"--model-path {path}: a pruned export ({config.model_type}), whose blocks have moved; give its base model "
-            f"{config.pruning_info['base_model']}, and an order that removes more"
-        )
-
-
 def verify(model_class, config, entries):
     """Raise ValueError unless `entries` are all that the model of `config` needs, in its shapes; reads no weights."""
     state = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
@@ -272,8 +274,10 @@ def _write_file(path, entries):
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for entry in entries:
         header[entry.name] = {
-            "dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes],
-        }  # fmt: skip
+            "dtype": CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
         offset += entry.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

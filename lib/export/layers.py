@@ -1,4 +1,5 @@
 """Kept blocks as the layers of a smaller model: every attention takes in the MLP that directly follows it."""
+
 from typing import NamedTuple
 
 from lib.blocks import Block

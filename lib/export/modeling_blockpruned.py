@@ -11,6 +11,7 @@ What the configuration says about it:
     source_fields   the fields of the configuration that depend on the number of layers, as in the source
     block_modules   the class of the family's decoder layer, and its sub-modules by branch
 """
+
 import copy
 import inspect
 

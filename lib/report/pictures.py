@@ -7,6 +7,7 @@ Colours are safe for colour-blind readers; where lines or blocks differ, a marke
     save(draw(figure), "scores.png")
     write_page("index.html", "SmolLM2", [Section("Search", [draw(figure, "caption", "what it shows")])])
 """
+
 import base64
 import html
 import io
@@ -15,7 +16,8 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.orders import KINDS, parse_block, write_file
+from lib.blocks import KINDS, parse_block
+from lib.files import write_file
 
 DPI = 144
 # Okabe and Ito's colours without yellow, which vanishes on white
@@ -84,8 +86,12 @@ def score_map(meta):
     figure, axes = _figure(1.3 + len(kinds) * (0.5 + cell * max(4, len(steps))), 1.5 + cell * L, 1, len(kinds))
     for axis, kind in zip(axes, kinds, strict=True):
         _cells(axis, values[kind], norm)
-        broken = [(x, i) for x, scores in enumerate(steps) for i in range(L)
-                  if f"{kind}{i}" in scores and not math.isfinite(float(scores[f"{kind}{i}"]))]  # fmt: skip
+        broken = [
+            (x, i)
+            for x, scores in enumerate(steps)
+            for i in range(L)
+            if f"{kind}{i}" in scores and not math.isfinite(float(scores[f"{kind}{i}"]))
+        ]
         if broken:
             axis.plot(*zip(*broken, strict=True), "x", color="#777777", markersize=4)
         removed = [step.get("block", (None, None)) for step in scored]
@@ -179,17 +185,32 @@ def curves(panels, methods, percent=False):
             if name == "dense":
                 for point in points[:1]:
                     axis.axhline(point.value, color="#777777", linewidth=1, zorder=0)
-                    axis.annotate("dense", (1, point.value), xycoords=("axes fraction", "data"), fontsize=8,
-                                  xytext=(-3, 3 if percent else -3), textcoords="offset points", ha="right",
-                                  va="bottom" if percent else "top", color="#555555")  # fmt: skip
+                    axis.annotate(
+                        "dense",
+                        (1, point.value),
+                        xycoords=("axes fraction", "data"),
+                        fontsize=8,
+                        xytext=(-3, 3 if percent else -3),
+                        textcoords="offset points",
+                        ha="right",
+                        va="bottom" if percent else "top",
+                        color="#555555",
+                    )
                 continue
             k = methods.index(name)
             errors = [p.error or 0 if p.value <= highest else 0 for p in points]  # nor bars that come from beyond it
             axis.errorbar(
-                [p.removed for p in points], [p.value for p in points], errors, label=_literal(name),
-                color=COLOURS[k % len(COLOURS)], marker=MARKERS[k % len(MARKERS)],
-                linestyle=LINES[k // len(COLOURS) % len(LINES)], linewidth=1.4, markersize=5, capsize=2.5,
-            )  # fmt: skip
+                [p.removed for p in points],
+                [p.value for p in points],
+                errors,
+                label=_literal(name),
+                color=COLOURS[k % len(COLOURS)],
+                marker=MARKERS[k % len(MARKERS)],
+                linestyle=LINES[k // len(COLOURS) % len(LINES)],
+                linewidth=1.4,
+                markersize=5,
+                capsize=2.5,
+            )
         if not percent and values and max(values) > LOG_FROM * min(values):
             axis.set_yscale("log")
             _plain_numbers(axis.yaxis)
@@ -294,8 +315,9 @@ def html_table(header, rows, caption="", kind="numbers"):
     caption = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return (
         f'<div class="scroll" tabindex="0"><table class="{kind}">{caption}<thead><tr>{head}</tr></thead>\n<tbody>'
-        + "\n".join(rows) + "</tbody></table></div>"
-    )  # fmt: skip
+        + "\n".join(rows)
+        + "</tbody></table></div>"
+    )
 
 
 def settings_table(settings, caption=""):
@@ -310,8 +332,9 @@ def settings_table(settings, caption=""):
 
     rows = [
         f'<tr><th scope="row">{html.escape(str(key))}</th><td>{html.escape(text(value))}</td></tr>'
-        for key, value in settings.items() if value not in (None, "", {}, [])
-    ]  # fmt: skip
+        for key, value in settings.items()
+        if value not in (None, "", {}, [])
+    ]
     return html_table(("setting", "value"), rows, caption, kind="settings")
 
 

@@ -11,6 +11,7 @@ layer with feed_forward_length 0 loses its attention's output, so it gets an MLP
 of heads come from layer 0, so its head_count is never 0: heads without key-value heads are a plain
 matrix there, which is zero here and keeps no cache.
 """
+
 import json
 import re
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 
-from lib.checkpoint import check_space, verify
-from lib.export_decilm import check_attention, check_family, head_size
-from lib.gguf_vocab import vocabulary
-from lib.layers import repack
+from lib.export.checkpoint import check_space, verify
+from lib.export.decilm import check_attention, check_family, head_size
+from lib.export.gguf_vocab import vocabulary
+from lib.export.layers import repack
 from lib.model import load_tokenizer, readable
 
 ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' model_type -> llama.cpp's name
@@ -118,9 +119,11 @@ def _deci(model, layers):
         "feed_forward_length": [IDLE if layer.mlp is None else ffn for layer in layers],
     }
     numbers = {
-        "block_count": len(layers), "attention.key_length": size, "attention.value_length": size,
+        "block_count": len(layers),
+        "attention.key_length": size,
+        "attention.value_length": size,
         "rope.dimension_count": size,
-    }  # fmt: skip
+    }
     fields |= {f"deci.{key}": _numbers(values) for key, values in counts.items()}
     fields |= {f"deci.{key}": _number(value) for key, value in numbers.items()}
     return Model("deci", fields, tensors)
@@ -169,8 +172,10 @@ def _check_file(path, model, reader):
         raise ValueError(f"--model-path {path}: {what}; {instead}")
 
     if model.arch not in ARCHS.values():
-        refuse(f"architecture {model.arch}; --format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
-               "give the model's folder and use --format hf")  # fmt: skip
+        refuse(
+            f"architecture {model.arch}; --format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
+            "give the model's folder and use --format hf",
+        )
     missing = [key for key in REQUIRED if model.get(key) is None]
     if missing:
         refuse(f"it lacks {model.arch}.{missing[0]}", "give a complete file")
