@@ -1,4 +1,4 @@
-"""lib/report.py and scripts/report.py: pictures that show the data, a page that needs nothing else."""
+"""lib/report/ and scripts/report.py: pictures that show the data, a page that needs nothing else."""
 
 import base64
 import html.parser
