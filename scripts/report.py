@@ -5,6 +5,7 @@ scripts.compare, and the .csv table of angular distances. Files of several model
 page says so. Needs matplotlib; neither torch nor a display.
 
     python -m scripts.report ppls/*_order_list.json results/*.json --output-dir results/report
+    python -m scripts.report docs/results/smollm2.json --picture docs/quality.svg
 """
 
 from scripts import flags
@@ -14,13 +15,16 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     parser.add_argument("results", nargs="+", metavar="RESULT", help="order, result, compare.json or distance file")
     parser.add_argument("--output-dir", default="results/report", help="folder of index.html and the .png files")
+    parser.add_argument(
+        "--picture", default=None, metavar="FILE", help="draw perplexity against size only: a .svg, .pdf or .png file"
+    )
     return parser, parser.parse_args(argv)
 
 
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib.files import to_json
-    from lib.report.page import write_report
+    from lib.report.page import write_quality, write_report
 
     with parser.user_errors():
         flags.check_folder(args.output_dir, "--output-dir")
@@ -28,6 +32,13 @@ def main(argv=None):
             import matplotlib  # noqa: F401
         except ImportError:
             raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+        if args.picture:
+            flags.check_file(args.picture, "--picture", ".svg")
+            if not args.picture.endswith((".svg", ".pdf", ".png")):
+                raise ValueError(f"--picture {args.picture}: give a name that ends in .svg, .pdf or .png")
+            write_quality(args.results, args.picture)
+            print(to_json({"picture": args.picture}))
+            return
         page, pictures, notices = write_report(args.results, args.output_dir)
     for notice in notices:
         print(f"note          {notice}")

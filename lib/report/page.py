@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.files import write_file
-from lib.report.pictures import Picture, save
+from lib.report.pictures import Picture, curves, save, save_figure
 from lib.report.results import by_model, notices, read_results
-from lib.report.sections import model_sections
+from lib.report.sections import model_sections, perplexity_panels, result_rows
 
 
 class Section(NamedTuple):
@@ -26,8 +26,7 @@ def write_report(paths, folder):
 
     Raises ValueError, one line, for a file that is no result, or for files that contradict each other.
     """
-    once = {Path(path).expanduser().resolve(): path for path in paths}
-    results = [result for path in once.values() for result in read_results(path)]
+    results = read_all(paths)
     models = by_model(results)
     lines, folder = notices(results, models), Path(folder).expanduser()
     sections, files = [], []
@@ -44,6 +43,27 @@ def write_report(paths, folder):
     page, names = folder / "index.html", [name for name in models if name]
     write_page(page, "BlockPruner: " + (", ".join(names) or "results"), sections, lines)
     return page, files, lines
+
+
+def write_quality(paths, path):
+    """Write perplexity against the parameters removed, of one model's result files, as a .svg, .pdf or .png file.
+
+    Raises ValueError, one line, where the files are of several models or hold no perplexity of a pruned one.
+    """
+    results = read_all(paths)
+    models = by_model(results)
+    if len(models) > 1:
+        raise ValueError(f"results of {len(models)} models: one picture shows one model; give the files of one")
+    panels, methods = perplexity_panels(*result_rows(results))
+    if not panels:
+        raise ValueError("no perplexity of a pruned model in these files; give results of eval.py or a compare.json")
+    save_figure(curves(panels, methods), path)
+
+
+def read_all(paths):
+    """Return the Results of all files, each file once."""
+    once = {Path(path).expanduser().resolve(): path for path in paths}
+    return [result for path in once.values() for result in read_results(path)]
 
 
 def write_page(path, title, sections, notices=()):

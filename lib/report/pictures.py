@@ -266,6 +266,17 @@ def save(picture, path):
     write_file(path, picture.png)
 
 
+def save_figure(figure, path):
+    """Write a figure as the .svg, .pdf or .png file that its name asks for; equal figures give equal .svg files."""
+    import matplotlib
+
+    stream, kind = io.BytesIO(), Path(path).suffix[1:]
+    undated = {"Date": None} if kind == "svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": "blockpruner", "svg.fonttype": "none"}):
+        figure.savefig(stream, format=kind, dpi=DPI, facecolor="white", metadata=undated)
+    write_file(path, stream.getvalue())
+
+
 def draw_order(path, order, meta):
     """Write the pictures of an order file beside it, (a) scores and (c) what went; return their paths.
 

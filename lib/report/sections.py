@@ -137,15 +137,22 @@ def result_tables(results, rows):
         yield "eval", tables.html_table(table.header, tables.html_rows(table), "Results of eval.py")
 
 
-def quality_curves(rows, texts):
-    """Yield the pictures of perplexity, and of accuracy, against the parameters removed."""
+def perplexity_panels(rows, texts):
+    """Return ({title: {method: list of Point}}, methods) of perplexity on each text, as pictures.curves takes them."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "dense"))
     rows = [row for row in tables.merge_seeds(rows) if not row.get("failed")]
-    perplexity = {}
+    panels = {}
     for text, about in texts.items():
         lines = lines_of(rows, lambda row, t=text: measured_perplexity(row, t))
         if any(name != "dense" for name in lines):
-            perplexity[f"perplexity, {text} ({about['windows']:,} windows of {about['seqlen']:,})"] = lines
+            panels[f"perplexity, {text} ({about['windows']:,} windows of {about['seqlen']:,})"] = lines
+    return panels, methods
+
+
+def quality_curves(rows, texts):
+    """Yield the pictures of perplexity, and of accuracy, against the parameters removed."""
+    perplexity, methods = perplexity_panels(rows, texts)
+    rows = [row for row in tables.merge_seeds(rows) if not row.get("failed")]
     if perplexity:
         yield "perplexity", picture_of_curves(perplexity, methods, "perplexity", percent=False)
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))

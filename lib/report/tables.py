@@ -57,7 +57,7 @@ def merge_seeds(rows):
     for same in groups.values():
         good = [row for row in same if not row.get("failed")]
         row = (good or same)[0]
-        row = _mean(good) if len(good) > 1 else {**row, "blocks": len(row["removed"])}
+        row = _mean(good) if len(good) > 1 else {"blocks": len(row["removed"]), **row}
         row["several"] = len(same) > 1
         if good and len(same) > 1:
             reasons = [bad["failed"] for bad in same if bad.get("failed")]
