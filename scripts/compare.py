@@ -387,7 +387,7 @@ def write_tables(bench, summary):
     """Write and print the table, then draw the page; return the page's path, None where it cannot be drawn."""
     from lib.files import write_file, write_json
     from lib.report import tables
-    from scripts.report import write_report
+    from lib.report.page import write_report
 
     table, lines = tables.results_table(summary["rows"]), caption(summary)
     markdown = f"{tables.markdown(table)}\n{tables.LEGEND}\n"

@@ -57,12 +57,12 @@ def words(model, texts):
 @pytest.fixture
 def comparison(call, words, monkeypatch, tmp_path):
     """Return a function that runs a comparison here: (methods, ratios, **flags) -> (Run, compare.json)."""
-    from scripts import report
+    from lib.report import page
 
-    drawing = report.write_report
+    drawing = page.write_report
 
     def run(*args, pictures=False, **changes):
-        monkeypatch.setattr(report, "write_report", drawing if pictures else lambda *_: (None, [], []))
+        monkeypatch.setattr(page, "write_report", drawing if pictures else lambda *_: (None, [], []))
         done = call(compare.main, *words(changes.pop("output_dir", tmp_path / "out"), *args, **changes))
         assert done.code == 0, done
         return done, json.loads(Path(done.result["result"]).read_text())

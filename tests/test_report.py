@@ -1,4 +1,4 @@
-"""lib/report.py and scripts/report.py: pictures that show the data, a page that needs nothing else."""
+"""lib/report/ and scripts/report.py: pictures that show the data, a page that needs nothing else."""
 
 import base64
 import html.parser
@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -16,6 +17,7 @@ from test_tables import row
 from lib.blocks import Block
 from lib.orders import save_order
 from lib.report import pictures as report
+from lib.report import tables
 
 L = 6
 GREEDY = [Block("mha", 4), Block("mlp", 2), Block("mha", 1)]
@@ -471,6 +473,43 @@ def test_report_refuses_in_one_line(files, call, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert_refused(call(script.main, str(good[0]), "--output-dir", str(tmp_path / "page")), "pip install matplotlib")
     assert tree(tmp_path) == before
+
+
+def test_one_picture_of_quality_against_size(files, call, tmp_path):
+    from scripts import report as script
+
+    drawn, paths = [], files()
+    for name in ("a.svg", "b.svg", "c.png", "d.pdf"):
+        run = call(script.main, *map(str, paths), "--picture", str(tmp_path / name))
+        assert run.code == 0 and run.result == {"picture": str(tmp_path / name)}, run
+        drawn.append((tmp_path / name).read_bytes())
+    assert drawn[0] == drawn[1] and b"mix_text_ns_9" in drawn[0] and b"7 windows of 64" in drawn[0]
+    assert drawn[2].startswith(b"\x89PNG") and drawn[3].startswith(b"%PDF")
+    before = tree(tmp_path)
+    order = next(str(path) for path in paths if "order_list" in path.name)
+    for given, name, says in (
+        (paths, "x.jpg", ("--picture", ".svg, .pdf or .png")),
+        ([order], "x.svg", ("no perplexity of a pruned model",)),
+    ):
+        assert_refused(call(script.main, *map(str, given), "--picture", str(tmp_path / name)), *says)
+    assert tree(tmp_path) == before
+    other = files("other/Toy-2", folder="more")
+    run = call(script.main, *map(str, [*paths, *other]), "--picture", str(tmp_path / "x.svg"))
+    assert_refused(run, "results of 2 models")
+
+
+def test_the_committed_results_make_the_committed_picture_and_table(call, tmp_path):
+    from scripts import report as script
+
+    docs = Path(__file__).parent.parent / "docs"
+    run = call(script.main, str(docs / "results" / "smollm2.json"), "--picture", str(tmp_path / "quality.svg"))
+    assert run.code == 0, run
+    text, committed = ((folder / "quality.svg").read_text() for folder in (tmp_path, docs))
+    words = [re.findall(r"<text[^>]*>(.*?)</text>", svg) for svg in (text, committed)]
+    assert words[0] == words[1] and "blockpruner" in words[0]
+    table = tables.markdown(tables.results_table(json.loads((docs / "results" / "smollm2.json").read_text())["rows"]))
+    assert "| blockpruner | 19 | 20.40 | 175.37 ± 4.34 | 24.04 ± 0.91 | 58.25 ± 2.47 |" in table
+    assert "| sleb | 16 | 21.05 | **142.86** ± 4.92 | **20.75** ± 0.50 |" in table
 
 
 def test_report_prints_help_without_importing_matplotlib():

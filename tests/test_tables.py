@@ -1,4 +1,4 @@
-"""lib/tables.py: the best in bold, failures with their reasons, seeds as means, marks escaped."""
+"""lib/report/tables.py: the best in bold, failures with their reasons, seeds as means, marks escaped."""
 
 import math
 import re

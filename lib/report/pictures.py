@@ -1,15 +1,12 @@
-"""Pictures of pruning orders and of results, and the self-contained page that holds them. No display, no torch.
+"""Pictures of pruning orders and of results, as matplotlib figures and PNG files. No display, no torch.
 
 Every picture is a function from plain data to a matplotlib Figure, so that a test can ask the figure what it shows.
 Colours are safe for colour-blind readers; where lines or blocks differ, a marker or a number differs too.
 
     figure = score_map(read_order("ppls/..._del_order_list.json")[1])
     save(draw(figure), "scores.png")
-    write_page("index.html", "SmolLM2", [Section("Search", [draw(figure, "caption", "what it shows")])])
 """
 
-import base64
-import html
 import io
 import math
 import textwrap
@@ -44,13 +41,6 @@ class Picture(NamedTuple):
     size: tuple
     caption: str
     alt: str
-
-
-class Section(NamedTuple):
-    """A part of the page: a heading and its parts, which are Pictures and strings of HTML."""
-
-    title: str
-    parts: list
 
 
 # ---- what a search saw and did -------------------------------------------------------------------
@@ -276,6 +266,17 @@ def save(picture, path):
     write_file(path, picture.png)
 
 
+def save_figure(figure, path):
+    """Write a figure as the .svg, .pdf or .png file that its name asks for; equal figures give equal .svg files."""
+    import matplotlib
+
+    stream, kind = io.BytesIO(), Path(path).suffix[1:]
+    undated = {"Date": None} if kind == "svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": "blockpruner", "svg.fonttype": "none"}):
+        figure.savefig(stream, format=kind, dpi=DPI, facecolor="white", metadata=undated)
+    write_file(path, stream.getvalue())
+
+
 def draw_order(path, order, meta):
     """Write the pictures of an order file beside it, (a) scores and (c) what went; return their paths.
 
@@ -293,88 +294,6 @@ def draw_order(path, order, meta):
             written.append(path.with_name(f"{stem}_{name}.png"))
             save(draw(figure), written[-1])
     return written
-
-
-def write_page(path, title, sections, notices=()):
-    """Write one HTML file that needs nothing else: pictures are inlined, there is no script and no request.
-
-    notices: lines that a reader must not miss, above everything.
-    """
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    body += [f'<p class="notice" role="alert">{html.escape(line)}</p>' for line in notices]
-    for section in sections:
-        body.append(f"<section><h2>{html.escape(section.title)}</h2>")
-        body += [_picture(part) if isinstance(part, Picture) else part for part in section.parts]
-        body.append("</section>")
-    write_file(path, PAGE.format(title=html.escape(title), body="\n".join(body)).encode())
-
-
-def html_table(header, rows, caption="", kind="numbers"):
-    """Return a table that scrolls sideways on a narrow screen. rows: strings of HTML, each a whole <tr>."""
-    head = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in header)
-    caption = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="scroll" tabindex="0"><table class="{kind}">{caption}<thead><tr>{head}</tr></thead>\n<tbody>'
-        + "\n".join(rows)
-        + "</tbody></table></div>"
-    )
-
-
-def settings_table(settings, caption=""):
-    """Return a table of names and values; a value may be a dict, shown as its own names and values."""
-
-    def text(value):
-        if isinstance(value, dict):
-            return ", ".join(f"{key} {text(item)}" for key, item in value.items() if item is not None)
-        if isinstance(value, (list, tuple)):
-            return " ".join(map(text, value))
-        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-    rows = [
-        f'<tr><th scope="row">{html.escape(str(key))}</th><td>{html.escape(text(value))}</td></tr>'
-        for key, value in settings.items()
-        if value not in (None, "", {}, [])
-    ]
-    return html_table(("setting", "value"), rows, caption, kind="settings")
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: auto;
-  padding: 1rem; overflow-wrap: break-word; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.25rem; margin-top: 2.5rem; }}
-.notice {{ border-left: 6px solid #D55E00; background: #fdf0e6; padding: .6rem .9rem; font-weight: bold; }}
-.scroll {{ overflow-x: auto; margin: 1rem 0; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }}
-caption {{ text-align: left; padding-bottom: .4rem; }}
-th, td {{ padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
-th:first-child {{ text-align: left; }} thead th {{ border-bottom: 2px solid #555; }}
-td.text, .settings td, .settings th {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
-figure {{ margin: 1.5rem 0; }} figcaption {{ font-size: .9rem; color: #444; max-width: 50rem; }}
-figure img {{ display: block; height: auto; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def _picture(picture):
-    width, height = (round(inches * 96) for inches in picture.size)
-    data = base64.b64encode(picture.png).decode()
-    return (
-        f'<figure><div class="scroll" tabindex="0"><img width="{width}" height="{height}" '
-        f'alt="{html.escape(picture.alt)}" src="data:image/png;base64,{data}"></div>'
-        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
-    )
 
 
 # ---- drawing -------------------------------------------------------------------------------------

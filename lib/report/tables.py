@@ -57,7 +57,7 @@ def merge_seeds(rows):
     for same in groups.values():
         good = [row for row in same if not row.get("failed")]
         row = (good or same)[0]
-        row = _mean(good) if len(good) > 1 else {**row, "blocks": len(row["removed"])}
+        row = _mean(good) if len(good) > 1 else {"blocks": len(row["removed"]), **row}
         row["several"] = len(same) > 1
         if good and len(same) > 1:
             reasons = [bad["failed"] for bad in same if bad.get("failed")]
@@ -135,7 +135,7 @@ def latex(table):
 
 
 def html_rows(table):
-    """Return the table's rows as HTML, for lib.report.html_table."""
+    """Return the table's rows as HTML, for html_table."""
     n, lines = len(table.header), []
     for title, rows in table.groups:
         if title:
@@ -147,6 +147,35 @@ def html_rows(table):
                 row = "".join(f"<td>{_html_cell(cell)}</td>" for cell in cells)
             lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
     return lines
+
+
+def html_table(header, rows, caption="", kind="numbers"):
+    """Return a table that scrolls sideways on a narrow screen. rows: strings of HTML, each a whole <tr>."""
+    head = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in header)
+    caption = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="scroll" tabindex="0"><table class="{kind}">{caption}<thead><tr>{head}</tr></thead>\n<tbody>'
+        + "\n".join(rows)
+        + "</tbody></table></div>"
+    )
+
+
+def settings_table(settings, caption=""):
+    """Return a table of names and values; a value may be a dict, shown as its own names and values."""
+
+    def text(value):
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {text(item)}" for key, item in value.items() if item is not None)
+        if isinstance(value, (list, tuple)):
+            return " ".join(map(text, value))
+        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+    rows = [
+        f'<tr><th scope="row">{html.escape(str(key))}</th><td>{html.escape(text(value))}</td></tr>'
+        for key, value in settings.items()
+        if value not in (None, "", {}, [])
+    ]
+    return html_table(("setting", "value"), rows, caption, kind="settings")
 
 
 def escape_latex(text):
