@@ -12,12 +12,14 @@ class Family(NamedTuple):
 
     Of several modules of a branch the last one's output joins the stream. Norms go with their
     branch; a layer without any of `mlp_norms` feeds both branches from the attention's norm.
+    bos: trained with a BOS token in front of every text, and lost without it.
     """
 
     mha: tuple
     mlp: tuple
     mha_norms: tuple
     mlp_norms: tuple
+    bos: bool = False
 
 
 _LLAMA = Family(("self_attn",), ("mlp",), ("input_layernorm",), ("post_attention_layernorm",))
@@ -26,6 +28,7 @@ _GEMMA2 = Family(
     ("mlp",),
     ("input_layernorm", "post_attention_layernorm"),
     ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    bos=True,
 )
 _OLMO2 = Family(("self_attn",), ("mlp",), ("post_attention_layernorm",), ("post_feedforward_layernorm",))
 
@@ -36,7 +39,7 @@ FAMILIES = {
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
     "Phi3DecoderLayer": _LLAMA,
-    "GemmaDecoderLayer": _LLAMA,
+    "GemmaDecoderLayer": _LLAMA._replace(bos=True),
     "GraniteDecoderLayer": _LLAMA,
     "Starcoder2DecoderLayer": _LLAMA,
     "SmolLM3DecoderLayer": _LLAMA,
@@ -93,3 +96,24 @@ FAMILIES = {
     "DecoderLayer": _LLAMA,
     "BaichuanLayer": _LLAMA,
 }
+
+# How configurations spell the number of positions; the first that is there counts.
+POSITIONS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "n_positions",
+    "max_sequence_length",
+    "model_max_length",
+    "n_ctx",
+)
+
+
+def positions(config):
+    """Return the most tokens that a model of this configuration takes, None where it sets no limit."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((most for name in POSITIONS if (most := getattr(config, name, None))), None)
+
+
+def needs_bos(model):
+    """Whether the model's family needs a BOS token in front of every text; weights are not needed."""
+    return any(row.bos for module in model.modules() if (row := FAMILIES.get(type(module).__name__)))

@@ -223,8 +223,8 @@ def read_windows(args, tokenizer, held_out=False):
     corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=held_out)
     documents = corpus.documents
     if args.cal_nsamples:
-        documents = data.sample_documents(documents, args.cal_nsamples, args.seed)
-    return corpus, documents, data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
+        documents = data.draw(corpus, args.cal_nsamples, args.seed)
+    return corpus, documents, data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen, joint=corpus.joint)
 
 
 def check_search(args):
@@ -241,9 +241,11 @@ def check_search(args):
 
 def check_seqlen(config, seqlen):
     """Raise ValueError where the model has fewer positions than a window has tokens; one token has no target."""
+    from lib.families import positions
+
     if seqlen < 2:
         raise ValueError(f"--ppl-eval-seqlen {seqlen}: a window needs 2 tokens to have a next one")
-    most = getattr(config, "max_position_embeddings", None)
+    most = positions(config)
     if most and seqlen > most:
         raise ValueError(f"--ppl-eval-seqlen {seqlen}: the model has {most} positions; use 2..{most}")
 

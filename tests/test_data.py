@@ -40,7 +40,7 @@ def test_files_of_records_give_their_text_column(tmp_path, suffix):
     assert load_documents(write(tmp_path, "a" + suffix)).documents == TEXTS
     other = write(tmp_path, "b" + suffix, column="body")
     assert load_documents(other, text_column="body").documents == TEXTS
-    with pytest.raises(ValueError, match="--text-column text.*body"):
+    with pytest.raises(ValueError, match="no column text; the columns are .*body"):
         load_documents(other)
 
 
@@ -71,7 +71,7 @@ def test_the_draw_is_the_references():
     transformers.set_seed(42)
     expected = random.sample(range(999), 4)
     assert sample_documents(documents, 4, 42) == [str(i) for i in expected]
-    with pytest.raises(ValueError, match="--cal-nsamples 1000: the split has 999 documents"):
+    with pytest.raises(ValueError, match="the split has 999 documents; 1000 were asked for"):
         sample_documents(documents, 1000, 42)
 
 
@@ -79,7 +79,7 @@ def test_windows_are_cut_from_one_text_and_the_tail_is_dropped():
     windows = cut_windows(["ab", "cd"], Letters(), 3)
     assert windows.dtype == torch.int64
     assert windows.tolist() == [[1, ord("a"), ord("b")], [ord("\n"), ord("\n"), ord("c")]]
-    with pytest.raises(ValueError, match="--ppl-eval-seqlen 8: the text has only 7 tokens"):
+    with pytest.raises(ValueError, match="the text has only 7 tokens, less than one window of 8"):
         cut_windows(["ab", "cd"], Letters(), 8)
 
 
@@ -91,7 +91,7 @@ def test_pydoc_has_two_disjoint_parts_of_real_text():
     for corpus, its_names in ((calibration, names[::2]), (held_out, names[1::2])):
         assert "\n\n".join(corpus.documents) == "\n\n".join(topics[name] for name in its_names)
         assert 1000 < sum(map(len, corpus.documents)) / len(corpus.documents) < 2000
-    with pytest.raises(ValueError, match="--cal-split validation: pydoc has train, test"):
+    with pytest.raises(ValueError, match="pydoc has no split validation; it has train, test"):
         load_documents("pydoc", "validation")
 
 
@@ -138,7 +138,7 @@ def test_without_network_the_error_names_the_local_way(name, monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match=f"--cal-dataset {name}: .*ConnectionError.*--data-dir") as caught:
+    with pytest.raises(ValueError, match=f"{name}: .*ConnectionError.*folder of data") as caught:
         load_documents(name)
     assert "\n" not in str(caught.value)
 
