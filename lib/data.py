@@ -23,7 +23,8 @@ from lib.records import ENDINGS, no_columns, read_file, reader, suffix_of, texts
 
 PYDOC_LENGTH = 1000  # characters: a document is about as long as an Alpaca record
 HUB_ID = re.compile(
-    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^:]+)(:(?P<column>[^:]+))?)?", re.ASCII
+    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^:\[]+(\[[^\]]*\])?)(:(?P<column>[^:]+))?)?",
+    re.ASCII,
 )
 
 
@@ -159,7 +160,7 @@ def sample_documents(documents, n, seed):
     return [documents[i] for i in random.Random(seed).sample(range(len(documents)), n)]
 
 
-def resolve_bos(bos, tokenizer, needed):
+def resolve_bos(bos, tokenizer, needed=False):
     """Return "every-window" or "text" for a choice of BOS; "auto" takes the first where the model's family needs it
     (lib.families.needs_bos) and the tokenizer has such a token."""
     there = getattr(tokenizer, "bos_token_id", None) is not None
