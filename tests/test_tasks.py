@@ -245,7 +245,7 @@ def test_scores_of_words_and_answers_are_plain_greedy_ones(tmp_path, no_network,
         return ids[start:]
 
     folder = write_rows(tmp_path / "data", rows)
-    scores = tasks.zero_shot(model, tokenizer, ["lambada_openai", "triviaqa"], task_data=folder)
+    scores = tasks.zero_shot(model, tokenizer, ["lambada_openai", "triviaqa"], batch_size=4, task_data=folder)
     values, right = [], 0
     for row in rows["lambada_openai"]:
         context, word = row["text"].rsplit(" ", 1)
