@@ -38,6 +38,18 @@ def suffix_of(path):
     return next((s for s in SUFFIXES if name.endswith((s, s + ".gz") if s != ".parquet" else s)), None)
 
 
+def short_name(dataset):
+    """Return the name of a data set, a file or a mix as results and file names have it."""
+    names = []
+    for part in [str(dataset)] if Path(dataset).exists() else str(dataset).split("+"):
+        name, star, weight = part.partition("*")
+        if suffix := suffix_of(name):
+            name = Path(name).name
+            name = name[: name.lower().rindex(suffix)]
+        names.append(re.sub(r"[/:\[\]%]+", "-", name).strip("-") + (f"x{weight}" if star else ""))
+    return "+".join(names)
+
+
 def read_file(path, columns=("text",), chat=None):
     """Return the Documents of a file. columns: the first that is there counts. chat: a tokenizer whose chat template
     makes the texts, or None. Raises ValueError, one line."""
