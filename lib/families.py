@@ -12,14 +12,12 @@ class Family(NamedTuple):
 
     Of several modules of a branch the last one's output joins the stream. Norms go with their
     branch; a layer without any of `mlp_norms` feeds both branches from the attention's norm.
-    bos: trained with a BOS token in front of every text, and lost without it.
     """
 
     mha: tuple
     mlp: tuple
     mha_norms: tuple
     mlp_norms: tuple
-    bos: bool = False
 
 
 _LLAMA = Family(("self_attn",), ("mlp",), ("input_layernorm",), ("post_attention_layernorm",))
@@ -28,7 +26,6 @@ _GEMMA2 = Family(
     ("mlp",),
     ("input_layernorm", "post_attention_layernorm"),
     ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    bos=True,
 )
 _OLMO2 = Family(("self_attn",), ("mlp",), ("post_attention_layernorm",), ("post_feedforward_layernorm",))
 
@@ -39,7 +36,7 @@ FAMILIES = {
     "Qwen2DecoderLayer": _LLAMA,
     "Qwen3DecoderLayer": _LLAMA,
     "Phi3DecoderLayer": _LLAMA,
-    "GemmaDecoderLayer": _LLAMA._replace(bos=True),
+    "GemmaDecoderLayer": _LLAMA,
     "GraniteDecoderLayer": _LLAMA,
     "Starcoder2DecoderLayer": _LLAMA,
     "SmolLM3DecoderLayer": _LLAMA,
@@ -97,6 +94,9 @@ FAMILIES = {
     "BaichuanLayer": _LLAMA,
 }
 
+# Trained with a BOS token in front of every text, and lost without it.
+NEED_BOS = {"GemmaDecoderLayer", "Gemma2DecoderLayer", "Gemma3DecoderLayer"}
+
 # How configurations spell the number of positions; the first that is there counts.
 POSITIONS = (
     "max_position_embeddings",
@@ -116,4 +116,4 @@ def positions(config):
 
 def needs_bos(model):
     """Whether the model's family needs a BOS token in front of every text; weights are not needed."""
-    return any(row.bos for module in model.modules() if (row := FAMILIES.get(type(module).__name__)))
+    return any(kind.__name__ in NEED_BOS for module in model.modules() for kind in type(module).__mro__)
