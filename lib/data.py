@@ -8,6 +8,7 @@ are only a handful of windows, which is why every script prints how many it real
     windows = cut_windows(sample_documents(corpus.documents, 128, seed=42), tokenizer, 2048)
 """
 
+import hashlib
 import math
 import random
 import re
@@ -19,7 +20,7 @@ import torch
 
 from lib.hub import hub_error
 from lib.pieces import tokenize
-from lib.records import ENDINGS, no_columns, read_file, reader, suffix_of, texts_of
+from lib.records import ENDINGS, no_columns, read_file, reader, short_name, suffix_of, texts_of
 
 PYDOC_LENGTH = 1000  # characters: a document is about as long as an Alpaca record
 HUB_ID = re.compile(
@@ -308,3 +309,85 @@ def _alpaca_split(rows, split):
     if split == "train":
         return parts["train"]
     return parts["test"].train_test_split(test_size=0.5, seed=42)["train" if split == "test" else "test"]
+
+
+class Text(NamedTuple):
+    """Windows (N, T) of a text under a short name, and what result files say about them."""
+
+    name: str
+    windows: torch.Tensor
+    about: dict
+
+
+def read_text(
+    dataset,
+    tokenizer,
+    seqlen,
+    *,
+    documents=None,
+    split=None,
+    text_column=None,
+    data_dir=None,
+    seed=42,
+    held_out=False,
+    chat_template=False,
+    bos="text",
+    needs_bos=False,
+    limit=None,
+    progress=None,
+):
+    """Return the Text of a data set or file: so many of its documents, all when None, cut into windows of seqlen.
+
+    chat_template: whether the tokenizer's makes the texts. bos, needs_bos: as in resolve_bos. Arguments and errors are
+    else those of load_documents, draw and as_text.
+    """
+    chat = tokenizer if chat_template else None
+    corpus = load_documents(dataset, split, text_column, data_dir, held_out=held_out, chat=chat)
+    drawn = corpus.documents if documents is None else draw(corpus, documents, seed)
+    bos = resolve_bos(bos, tokenizer, needs_bos)
+    text = as_text(
+        dataset,
+        corpus,
+        drawn,
+        tokenizer,
+        seqlen,
+        limit=limit,
+        text_column=text_column,
+        seed=seed,
+        bos=bos,
+        progress=progress,
+    )
+    return text._replace(about=text.about | ({"chat_template": True} if chat_template else {}))
+
+
+def as_text(
+    dataset, corpus, documents, tokenizer, seqlen, *, limit=None, text_column=None, seed=None, bos="text", progress=None
+):
+    """Return the Text of some documents of a Corpus, its first `limit` windows only where one is given.
+
+    bos, progress: as in cut_windows.
+    """
+    windows = cut_windows(documents, tokenizer, seqlen, bos=bos, joint=corpus.joint, most=limit, progress=progress)
+    about = {
+        "dataset": dataset,
+        "source": corpus.source,
+        "split": corpus.split,
+        "text_column": text_column,
+        "seed": seed,
+        "documents": len(documents),
+        "windows": len(windows),
+        "seqlen": seqlen,
+        "bos": bos,
+        "tokens": windows.numel(),
+        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    }
+    odd = {"records_without_text": corpus.skipped, "texts_mended": corpus.mended}
+    return Text(short_name(dataset), windows, about | {name: count for name, count in odd.items() if count})
+
+
+def same_origin(one, other):
+    """Whether two Corpora are of the same documents: of one file, however its path is spelled, or of one split."""
+    first, second = (
+        Path(c.source).resolve() if Path(c.source).is_file() else (c.source, c.split) for c in (one, other)
+    )
+    return first == second

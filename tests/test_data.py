@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from lib.data import check_dataset, cut_windows, draw, load_documents, resolve_bos, sample_documents
+from lib.data import check_dataset, cut_windows, draw, load_documents, read_text, resolve_bos, sample_documents
 
 TEXTS = ["first document", "second\nof two lines", "third: naïve 北京", "", "fifth"]
 
@@ -326,3 +326,27 @@ def test_bos_is_the_familys_and_the_tokenizers():
 def test_no_more_windows_than_wanted():
     assert cut_windows(["abcdefgh"], WithBos(), 3, most=2).tolist() == [[1, *b"ab"], [*b"cde"]]
     assert len(cut_windows(["abcdefgh"], WithBos(), 3, most=9)) == 3
+
+
+def test_a_text_says_what_it_was_made_of(tmp_path):
+    path = save(tmp_path / "a.jsonl", '{"text": "abcd"}\n{"text": null}\n{"text": "e\\ud800"}\n')
+    text = read_text(path, WithBos(), 3, bos="auto", needs_bos=True)
+    assert (
+        text.name == "a"
+        and text.windows.tolist() == cut_windows(["abcd", "e\ufffd"], WithBos(), 3, bos="every-window").tolist()
+    )
+    assert text.about["bos"] == "every-window"
+    assert (text.about["records_without_text"], text.about["texts_mended"]) == (1, 1)
+    plain = read_text(path, WithBos(), 3)
+    assert (
+        plain.about["bos"] == "text"
+        and plain.windows.tolist() == cut_windows(["abcd", "e\ufffd"], WithBos(), 3).tolist()
+    )
+    assert read_text(path, WithBos(), 3, limit=1).windows.tolist() == plain.windows[:1].tolist()
+    chat = save(tmp_path / "c.jsonl", json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+
+    class Chatty(WithBos, ChatTokenizer):
+        pass
+
+    text = read_text(chat, Chatty(), 3, chat_template=True)
+    assert text.about["chat_template"] and bytes(text.windows.flatten().tolist()[1:]) == b"[user]hello"
