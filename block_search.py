@@ -440,6 +440,7 @@ def describe(args, corpus, windows, plan):
         "documents": args.cal_nsamples,
         "windows": len(windows),
         "seqlen": args.ppl_eval_seqlen,
+        "bos": args.bos,
         "tokens": windows.numel(),
         "batch_size": args.ppl_eval_batch_size,
         "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),

@@ -106,6 +106,7 @@ def main(argv=None):
         "split": corpus.split,
         "windows": len(windows),
         "seqlen": args.ppl_eval_seqlen,
+        "bos": args.bos,
         "documents": len(documents),
         "seed": args.seed,
         "dense_perplexity": dense,

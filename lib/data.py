@@ -8,17 +8,25 @@ are only a handful of windows, which is why every script prints how many it real
     windows = cut_windows(sample_documents(corpus.documents, 128, seed=42), tokenizer, 2048)
 """
 
-import json
+import hashlib
+import math
 import random
+import re
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
 
 from lib.hub import hub_error
+from lib.pieces import tokenize
+from lib.records import ENDINGS, no_columns, read_file, reader, short_name, suffix_of, texts_of
 
 PYDOC_LENGTH = 1000  # characters: a document is about as long as an Alpaca record
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+HUB_ID = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^:\[]+(\[[^\]]*\])?)(:(?P<column>[^:]+))?)?",
+    re.ASCII,
+)
 
 
 class Source(NamedTuple):
@@ -59,48 +67,88 @@ DATASETS = {
 
 
 class Corpus(NamedTuple):
-    """documents: list of str; split: its name or None; source: hub id or file they came from."""
+    """documents: list of str; split: its name or None; source: hub id or file they came from. joint: what stands
+    between documents that are joined. skipped, mended: see lib.records. parts: of a mix, (weight, Corpus) each."""
 
     documents: list
     split: str | None
     source: str
+    joint: str = "\n\n"
+    skipped: int = 0
+    mended: int = 0
+    parts: tuple = ()
 
 
-def load_documents(dataset, split=None, text_column=None, data_dir=None, held_out=False):
-    """Return the Corpus of a named data set or of a .txt/.jsonl/.json/.parquet file.
+def load_documents(dataset, split=None, text_column=None, data_dir=None, held_out=False, chat=None):
+    """Return the Corpus of a data set or of a file that ends in one of lib.records.ENDINGS.
 
-    dataset: a key of DATASETS, looked up in data_dir first (NAME-SPLIT or NAME with one of SUFFIXES;
-    a file without a split in its name is taken whole), else on the hub; or a path. pydoc needs
-    neither: it is the documentation that ships inside CPython, even topics for calibration ("train"),
-    odd ones held out ("test"). split: None takes the set's calibration split, or with held_out its
-    evaluation split. text_column: None means "text", or the named set's own column.
+    dataset: a key of DATASETS, looked up in data_dir first (NAME-SPLIT or NAME with one of ENDINGS; a file without a
+    split in its name is taken whole), else on the hub; owner/name:split:column of the hub (split train, column text;
+    a configuration after a second slash); a path; or several of these, "alpaca*2+c4", with weights for the draw.
+    pydoc is the documentation that ships inside CPython, even topics for calibration ("train"), odd ones held out
+    ("test"). split: None takes the set's calibration split, or with held_out its evaluation split. text_column: None
+    means "text", or the named set's own column. chat: a tokenizer, whose chat template makes the texts.
     Raises ValueError, one line, naming what was given and what is allowed.
     """
+    if mix := _mixed(dataset):
+        parts = [(weight, load_documents(name, split, text_column, data_dir, held_out, chat)) for name, weight in mix]
+        documents = [document for _, corpus in parts for document in corpus.documents]
+        source = "+".join(corpus.source for _, corpus in parts)
+        skipped, mended = (sum(getattr(c, count) for _, c in parts) for count in ("skipped", "mended"))
+        return Corpus(documents, split, source, "\n\n", skipped, mended, tuple(parts))
     known = DATASETS.get(dataset)
+    if known is None and (found := _hub_source(dataset)):
+        source, column = found
+        columns = (text_column or column or "text",)
+        return _load_hub(dataset, source, split or source.cal_split, columns, chat)
     if known is None:
-        return _load_path(dataset, split, text_column)
+        return _load_path(dataset, split, text_column, chat)
     wanted = split or (known.eval_split if held_out else known.cal_split)
     if wanted not in known.splits:
-        raise ValueError(f"--cal-split {wanted}: {dataset} has {', '.join(known.splits)}")
+        raise ValueError(f"{dataset} has no split {wanted}; it has {', '.join(known.splits)}")
     if dataset == "pydoc":
-        _check_no_column(dataset, text_column or "text")
+        no_columns(dataset, (text_column or "text",), chat)
         return _load_pydoc(wanted)
     if data_dir is not None:
         path, of_split = _find_local(dataset, wanted, data_dir, explicit=split is not None)
         columns = (text_column,) if text_column else ("text", known.column)
-        return Corpus(_read_file(path, *columns), wanted if of_split else None, str(path))
-    return _load_hub(dataset, known, wanted, text_column)
+        return _corpus(read_file(path, columns, chat), wanted if of_split else None, str(path))
+    return _load_hub(dataset, known, wanted, (text_column or known.column,), chat)
 
 
 def check_dataset(dataset, split=None, data_dir=None, held_out=False):
     """Raise ValueError where load_documents would, as far as can be told without reading or network."""
+    if mix := _mixed(dataset):
+        for name, _ in mix:
+            check_dataset(name, split, data_dir, held_out)
+        return
     known = DATASETS.get(dataset)
     if known is None:
-        _check_path(dataset, split)
+        if not _hub_source(dataset):
+            _check_path(dataset, split)
     elif split is not None and split not in known.splits:
-        raise ValueError(f"--cal-split {split}: {dataset} has {', '.join(known.splits)}")
+        raise ValueError(f"{dataset} has no split {split}; it has {', '.join(known.splits)}")
     elif data_dir is not None and dataset != "pydoc":
         _find_local(dataset, split or (known.eval_split if held_out else known.cal_split), data_dir, split is not None)
+
+
+def draw(corpus, n, seed):
+    """Return n documents of a Corpus: of a mix its parts' shares by weight, each drawn as alone, then shuffled."""
+    if not corpus.parts:
+        return sample_documents(corpus.documents, n, seed)
+    total = sum(weight for weight, _ in corpus.parts)
+    ends, sofar = [0], 0.0
+    for weight, _ in corpus.parts:
+        sofar += weight
+        ends.append(round(n * sofar / total))
+    documents = []
+    for (_, part), start, end in zip(corpus.parts, ends, ends[1:], strict=False):
+        try:
+            documents += sample_documents(part.documents, end - start, seed)
+        except ValueError as error:
+            raise ValueError(f"{part.source}: {error}") from None
+    random.Random(seed).shuffle(documents)
+    return documents
 
 
 def sample_documents(documents, n, seed):
@@ -109,20 +157,44 @@ def sample_documents(documents, n, seed):
     The reference calls random.sample after transformers.set_seed(42), which seeds Python's generator.
     """
     if n > len(documents):
-        raise ValueError(f"--cal-nsamples {n}: the split has {len(documents)} documents; use 1..{len(documents)}")
+        raise ValueError(f"the split has {len(documents)} documents; {n} were asked for; use 1..{len(documents)}")
     return [documents[i] for i in random.Random(seed).sample(range(len(documents)), n)]
 
 
-def cut_windows(documents, tokenizer, seqlen):
-    """Return token windows (N, seqlen), int64: documents joined by a blank line, tokenized once, tail dropped."""
-    ids = tokenizer("\n\n".join(documents))["input_ids"]
-    n = len(ids) // seqlen
+def resolve_bos(bos, tokenizer, needed=False):
+    """Return "every-window" or "text" for a choice of BOS; "auto" takes the first where the model's family needs it
+    (lib.families.needs_bos) and the tokenizer has such a token."""
+    there = getattr(tokenizer, "bos_token_id", None) is not None
+    if bos == "every-window" and not there:
+        raise ValueError("the tokenizer has no BOS token to put in front of every window; leave BOS to the text")
+    return bos if bos != "auto" else "every-window" if needed and there else "text"
+
+
+def cut_windows(documents, tokenizer, seqlen, *, bos="text", joint="\n\n", most=None, progress=None):
+    """Return token windows (N, seqlen), int64: documents joined, tokenized as one text, tail dropped.
+
+    bos: "text" leaves special tokens to the tokenizer, which puts its BOS, if any, in front of the whole text;
+    "every-window" puts it in front of every window, where it is the first of the seqlen tokens and never a target.
+    most: windows wanted, None for all. progress: called with the number of characters tokenized, after each piece.
+    """
+    text, start = joint.join(documents), []
+    if bos == "every-window":
+        start = [tokenizer.bos_token_id]
+    room = seqlen - len(start)
+    wanted = math.inf if most is None else most * room
+    ids = []
+    for piece in tokenize(text, tokenizer, special=not start, progress=progress):
+        ids += piece
+        if len(ids) >= wanted:
+            break
+    n = min(len(ids), wanted) // room
     if n == 0:
         raise ValueError(
-            f"--ppl-eval-seqlen {seqlen}: the text has only {len(ids)} tokens, less than one window; "
+            f"the text has only {len(ids)} tokens, less than one window of {seqlen}; "
             "use shorter windows or more documents"
         )
-    return torch.tensor(ids[: n * seqlen], dtype=torch.long).view(n, seqlen)
+    windows = torch.tensor(ids[: n * room], dtype=torch.long).view(n, room)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(n, len(start)), windows], dim=1)
 
 
 def _load_pydoc(split):
@@ -141,135 +213,94 @@ def _load_pydoc(split):
     return Corpus(documents, split, "pydoc_data.topics of this Python")
 
 
-def _load_path(dataset, split, text_column):
+def _load_path(dataset, split, text_column, chat=None):
     _check_path(dataset, split)
     path = Path(dataset).expanduser()
-    return Corpus(_read_file(path, text_column or "text"), None, str(path))
+    return _corpus(read_file(path, (text_column or "text",), chat), None, str(path))
+
+
+def _corpus(documents, split, source):
+    return Corpus(documents.texts, split, source, documents.joint, documents.skipped, documents.mended)
 
 
 def _check_path(dataset, split):
     path = Path(dataset).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"--cal-dataset {dataset}: neither a data set ({', '.join(DATASETS)}) nor a file; "
-            f"files may end in {', '.join(SUFFIXES)}"
+            f"{dataset}: neither a data set ({', '.join(DATASETS)}) nor a file, nor owner/name:split:column of the "
+            f"hub; files may end in {', '.join(ENDINGS)}"
         )
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"--cal-dataset {dataset}: a file must end in {', '.join(SUFFIXES)}")
+    if suffix_of(path) is None:
+        raise ValueError(f"{dataset}: a file must end in {', '.join(ENDINGS)}")
     if split is not None:
-        raise ValueError(f"--cal-split {split}: {dataset} is one file without splits; drop --cal-split")
+        raise ValueError(f"{dataset}: one file without splits, so it has none called {split}; name no split")
 
 
 def _find_local(dataset, split, data_dir, explicit):
     """Return (path, whether it holds only `split`) of a named data set below data_dir."""
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"--data-dir {data_dir}: no such folder")
+        raise ValueError(f"{data_dir}: no such folder of data")
     for stem, of_split in ((f"{dataset}-{split}", True), (dataset, False)):
-        for suffix in SUFFIXES:
-            path = folder / (stem + suffix)
+        for ending in ENDINGS:
+            path = folder / (stem + ending)
             if path.is_file():
                 if explicit and not of_split:
                     raise ValueError(
-                        f"--cal-split {split}: {path.name} has no split in its name; "
-                        f"name it {dataset}-{split}{suffix}, or drop --cal-split to take it whole"
+                        f"{path}: has no split in its name, {split} is asked for; call it "
+                        f"{dataset}-{split}{ending}, or name no split to take it whole"
                     )
                 return path, of_split
-    raise ValueError(f"--data-dir {data_dir}: holds neither {dataset}-{split} nor {dataset} with {', '.join(SUFFIXES)}")
+    raise ValueError(f"{data_dir}: holds neither {dataset}-{split} nor {dataset} with {', '.join(ENDINGS)}")
 
 
-def _read_file(path, column, other_column=None):
-    """Return the documents of a file: a column of its records, or the blank-line-separated parts of a .txt."""
-    if path.suffix == ".parquet":
-        return _parquet_column(path, column, other_column)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".txt":
-            records = [part for part in text.split("\n\n") if part.strip()]
-        else:
-            records = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); convert it to UTF-8") from None
-    except (json.JSONDecodeError, RecursionError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]}: {error}") from None
-    if isinstance(records, list) and all(isinstance(r, str) for r in records):
-        _check_no_column(path, column)
-        return _texts(path, records)
-    if not (isinstance(records, list) and all(isinstance(r, dict) for r in records)):
-        raise ValueError(f"{path}: must hold records with a text column, or strings")
-    name = _pick_column(path, list(records[0]), column, other_column)
-    return _texts(path, [r.get(name) for r in records], name)
-
-
-def _json_lines(text):
-    """Return the values of JSON lines; an error names the line of the file."""
-    records, start = [], 0
-    for line in text.split("\n"):
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise json.JSONDecodeError(error.msg, text, start + error.pos) from None
-        start += len(line) + 1
-    return records
-
-
-def _parquet_column(path, column, other_column):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow, or give .jsonl") from None
-    import pyarrow
-
-    try:
-        name = _pick_column(path, pyarrow.parquet.read_schema(path).names, column, other_column)
-        values = pyarrow.parquet.read_table(path, columns=[name])[name].to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
-    return _texts(path, values, name)
-
-
-def _texts(path, values, name="text"):
-    """Return `values`, all strings; raise ValueError where one is none, or there are none at all."""
-    wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
-    if wrong is not None:
-        raise ValueError(f"{path}: record {wrong + 1} has no text in column {name}")
-    if not values:
-        raise ValueError(f"{path}: holds no text")
-    return values
-
-
-def _pick_column(path, names, column, other_column=None):
-    for name in (column, other_column):
-        if name in names:
-            return name
-    raise ValueError(f"--text-column {column}: {path} has the columns {', '.join(names)}")
-
-
-def _check_no_column(source, column):
-    if column != "text":
-        raise ValueError(f"--text-column {column}: {source} holds texts without columns; drop --text-column")
-
-
-def _load_hub(dataset, known, split, text_column):
+def _load_hub(dataset, known, split, columns, chat=None):
     try:
         import datasets
     except ImportError:
-        raise ValueError(
-            f"--cal-dataset {dataset}: needs the datasets package, or --data-dir with a local copy"
-        ) from None
+        raise ValueError(f"{dataset}: needs the datasets package, or a folder with a local copy") from None
     derived = dataset == "alpaca"  # published as one split; the paper's is a tenth of it
     hub_error()  # without a hub only what is cached: asking for more would take half a minute
     try:
         rows = datasets.load_dataset(*known.hub, split="train" if derived else split, **known.kwargs)
     except Exception as error:  # offline, gated, gone: every layer below raises classes of its own
+        local = f"or a folder of data with {dataset}-{split}.jsonl or .parquet in it" if dataset in DATASETS else ""
         raise ValueError(
-            f"--cal-dataset {dataset}: {known.hub[0]} cannot be read from the hub ({type(error).__name__}); "
-            f"give a local file, or --data-dir with {dataset}-{split}.jsonl or .parquet in it"
+            f"{dataset}: {known.hub[0]} cannot be read from the hub ({type(error).__name__}: "
+            f"{shorten(str(error), 120, placeholder=' ...')}); give a local file, {local}".rstrip(", ")
         ) from None
     if derived:
         rows = _alpaca_split(rows, split)
-    name = _pick_column(known.hub[0], rows.column_names, text_column or known.column)
-    return Corpus(list(rows[name]), split, known.hub[0])
+    read, name, needed = reader(known.hub[0], rows.column_names, columns, chat)
+    if needed == [name] and chat is None:
+        return _corpus(texts_of(known.hub[0], rows[name], name), split, known.hub[0])
+    return _corpus(texts_of(known.hub[0], map(read, rows.select_columns(needed)), name), split, known.hub[0])
+
+
+def _hub_source(dataset):
+    """Return (Source, column or None) of owner/name:split:column, a configuration after a second slash; else None."""
+    found = HUB_ID.fullmatch(str(dataset))
+    if not found or suffix_of(found["name"]) or Path(dataset).expanduser().exists():
+        return None
+    hub = (found["name"], found["config"]) if found["config"] else (found["name"],)
+    split = found["split"] or "train"
+    return Source(hub, found["column"] or "text", split, split, ()), found["column"]
+
+
+def _mixed(dataset):
+    """Return [(data set, weight)] of "alpaca*2+c4", None for a single data set."""
+    if "+" not in str(dataset) or Path(dataset).expanduser().exists():
+        return None
+    parts = []
+    for part in str(dataset).split("+"):
+        name, _, weight = part.partition("*")
+        try:
+            parts.append((name.strip(), float(weight or 1)))
+        except ValueError:
+            parts.append((name, 0.0))
+        if not 0 < parts[-1][1] < math.inf or not parts[-1][0]:
+            raise ValueError(f"{dataset}: {part!r} is no data set with a weight above 0; write alpaca*2+wikitext2")
+    return parts
 
 
 def _alpaca_split(rows, split):
@@ -278,3 +309,85 @@ def _alpaca_split(rows, split):
     if split == "train":
         return parts["train"]
     return parts["test"].train_test_split(test_size=0.5, seed=42)["train" if split == "test" else "test"]
+
+
+class Text(NamedTuple):
+    """Windows (N, T) of a text under a short name, and what result files say about them."""
+
+    name: str
+    windows: torch.Tensor
+    about: dict
+
+
+def read_text(
+    dataset,
+    tokenizer,
+    seqlen,
+    *,
+    documents=None,
+    split=None,
+    text_column=None,
+    data_dir=None,
+    seed=42,
+    held_out=False,
+    chat_template=False,
+    bos="text",
+    needs_bos=False,
+    limit=None,
+    progress=None,
+):
+    """Return the Text of a data set or file: so many of its documents, all when None, cut into windows of seqlen.
+
+    chat_template: whether the tokenizer's makes the texts. bos, needs_bos: as in resolve_bos. Arguments and errors are
+    else those of load_documents, draw and as_text.
+    """
+    chat = tokenizer if chat_template else None
+    corpus = load_documents(dataset, split, text_column, data_dir, held_out=held_out, chat=chat)
+    drawn = corpus.documents if documents is None else draw(corpus, documents, seed)
+    bos = resolve_bos(bos, tokenizer, needs_bos)
+    text = as_text(
+        dataset,
+        corpus,
+        drawn,
+        tokenizer,
+        seqlen,
+        limit=limit,
+        text_column=text_column,
+        seed=seed,
+        bos=bos,
+        progress=progress,
+    )
+    return text._replace(about=text.about | ({"chat_template": True} if chat_template else {}))
+
+
+def as_text(
+    dataset, corpus, documents, tokenizer, seqlen, *, limit=None, text_column=None, seed=None, bos="text", progress=None
+):
+    """Return the Text of some documents of a Corpus, its first `limit` windows only where one is given.
+
+    bos, progress: as in cut_windows.
+    """
+    windows = cut_windows(documents, tokenizer, seqlen, bos=bos, joint=corpus.joint, most=limit, progress=progress)
+    about = {
+        "dataset": dataset,
+        "source": corpus.source,
+        "split": corpus.split,
+        "text_column": text_column,
+        "seed": seed,
+        "documents": len(documents),
+        "windows": len(windows),
+        "seqlen": seqlen,
+        "bos": bos,
+        "tokens": windows.numel(),
+        "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    }
+    odd = {"records_without_text": corpus.skipped, "texts_mended": corpus.mended}
+    return Text(short_name(dataset), windows, about | {name: count for name, count in odd.items() if count})
+
+
+def same_origin(one, other):
+    """Whether two Corpora are of the same documents: of one file, however its path is spelled, or of one split."""
+    first, second = (
+        Path(c.source).resolve() if Path(c.source).is_file() else (c.source, c.split) for c in (one, other)
+    )
+    return first == second

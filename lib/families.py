@@ -93,3 +93,27 @@ FAMILIES = {
     "DecoderLayer": _LLAMA,
     "BaichuanLayer": _LLAMA,
 }
+
+# Trained with a BOS token in front of every text, and lost without it.
+NEED_BOS = {"GemmaDecoderLayer", "Gemma2DecoderLayer", "Gemma3DecoderLayer"}
+
+# How configurations spell the number of positions; the first that is there counts.
+POSITIONS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "n_positions",
+    "max_sequence_length",
+    "model_max_length",
+    "n_ctx",
+)
+
+
+def positions(config):
+    """Return the most tokens that a model of this configuration takes, None where it sets no limit."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return next((most for name in POSITIONS if (most := getattr(config, name, None))), None)
+
+
+def needs_bos(model):
+    """Whether the model's family needs a BOS token in front of every text; weights are not needed."""
+    return any(kind.__name__ in NEED_BOS for module in model.modules() for kind in type(module).__mro__)

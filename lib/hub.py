@@ -1,13 +1,19 @@
 """Where a model's files lie: a folder, a .gguf file, or a hub id, and what tells one checkpoint from another."""
 
+import contextlib
 import functools
 import hashlib
+import json
+import os
+import re
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
+PART = re.compile(r"-(?P<part>\d{5})-of-(?P<of>\d{5})\.gguf$", re.IGNORECASE)  # as llama.cpp names them
 PIECES = 1024  # of each weight file, read to tell checkpoints apart
 
 
@@ -19,21 +25,66 @@ def locate(path):
     path = str(path)
     local = Path(path).expanduser()
     if local.is_file():
-        if local.suffix != ".gguf":
-            raise ValueError(f"--model-path {path}: a file, but not .gguf; give a model folder or a .gguf file")
+        if local.suffix.lower() != ".gguf":
+            raise ValueError(f"{path}: a file, but not .gguf; give a model folder or a .gguf file")
+        part = PART.search(local.name)
+        if part and int(part["of"]) > 1:
+            raise ValueError(
+                f"{path}: part {int(part['part'])} of a .gguf in {int(part['of'])} parts; make it one file first: "
+                f"llama-gguf-split --merge {local.name[: part.start()]}-00001-of-{part['of']}.gguf merged.gguf"
+            )
         return str(local.parent), local.name
     if local.is_dir():
-        if not (local / "config.json").is_file():
-            inside = sorted(f.name for f in local.glob("*.gguf"))
-            hint = f"; it holds {inside[0]}: give that file" if inside else ""
-            raise ValueError(f"--model-path {path}: folder without config.json{hint}")
-        if not any(next(local.glob(pattern), None) for pattern in WEIGHTS):
-            raise ValueError(f"--model-path {path}: folder without weights (no {', '.join(WEIGHTS)})")
+        _check_folder(path, local)
         return str(local), None
-    if path.endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if path.lower().endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"--model-path {path}: no such file or folder")
     _check_hub(path)
     return path, None
+
+
+def model_name(path):
+    """Return the name that people call the model at `path`: the folder's, the file's, or a hub id.
+
+    The hub's cache keeps a model in models--owner--name/snapshots/<commit>: its id is owner/name.
+    """
+    local = Path(path).expanduser()
+    whole = Path(os.path.abspath(local))
+    for place in (whole, whole.resolve()):
+        folder = next((p for p in (place, *place.parents) if p.parent.name == "snapshots"), None)
+        if folder and folder.parent.parent.name.startswith("models--"):
+            name = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+            return name if place == folder else whole.name
+    return whole.name if local.exists() else str(path)
+
+
+def _check_folder(path, local):
+    """Raise ValueError where a folder is no model, and say what it is."""
+    files = sorted(f.name for f in local.iterdir())
+    if local.name.startswith("models--") and "snapshots" in files:
+        inside = sorted(f.name for f in (local / "snapshots").iterdir())
+        raise ValueError(
+            f"{path}: the hub's cache of {local.name.removeprefix('models--').replace('--', '/')}; give that name, or "
+            f"the folder snapshots/{inside[0] if inside else '<commit>'} in it"
+        )
+    weights = [f for f in files if any(fnmatch(f, pattern) for pattern in WEIGHTS) and not f.startswith("adapter_")]
+    if "adapter_config.json" in files and not weights:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            settings = json.loads((local / "adapter_config.json").read_text(encoding="utf-8-sig"))
+            base = settings.get("base_model_name_or_path")
+            path = f"{path}: an adapter of {base}" if base else path
+        raise ValueError(
+            f"{path}: adapter_config.json and no weights of a model; merge the adapter into its base model (peft's "
+            "merge_and_unload, then save_pretrained with the tokenizer) and give that folder"
+        )
+    if "config.json" not in files:
+        inside = [f for f in files if f.lower().endswith(".gguf")]
+        hint = f"; it holds {inside[0]}: give that file" if inside else ""
+        raise ValueError(f"{path}: folder without config.json{hint}")
+    if not weights:
+        other = next((f for f in files if Path(f).suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")), None)
+        hint = f"; {other} is of another format: convert it to *.safetensors first" if other else ""
+        raise ValueError(f"{path}: folder without weights (no {', '.join(WEIGHTS)}){hint}")
 
 
 def fingerprint(path):

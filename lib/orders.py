@@ -7,12 +7,13 @@ read, and drawn, where it is not installed.
 """
 
 import json
-import os
 from pathlib import Path
 from reprlib import repr as brief
 
 from lib.blocks import KINDS, Block
 from lib.files import write_json
+from lib.hub import model_name
+from lib.records import short_name
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
@@ -20,9 +21,9 @@ def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
 
     Of another metric than the reference's the name follows the type: <model>_<type>_<metric>_<dataset>_...
     """
-    name = os.path.basename(os.path.abspath(model_path))  # "." and ".." have a name too
-    model = Path(name).stem if name.endswith(".gguf") else name
-    data = Path(dataset).stem if Path(dataset).suffix else dataset
+    name = Path(model_name(model_path)).name
+    model = Path(name).stem if name.lower().endswith(".gguf") else name
+    data = short_name(dataset)
     block_type = block_type if metric == "ppl" else f"{block_type}_{metric}"
     return Path(folder).expanduser() / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
 
@@ -34,7 +35,7 @@ def read_order(path):
     """
     path = Path(path).expanduser()
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such order file") from None
     except (OSError, ValueError, RecursionError) as error:  # no text and no JSON are ValueErrors

@@ -1,14 +1,16 @@
-"""Zero-shot tasks: the paper's five accuracies, measured by lm-evaluation-harness.
+"""Zero-shot tasks: the paper's five accuracies and others, measured by lm-evaluation-harness.
 
 The harness's own definitions download their rows from the hub. The YAML files in lm_eval/ ask the
 same questions of JSON-lines files in one local folder, so that a machine without network gets the
 same numbers. That folder must never hold Python: a package there would shadow the harness.
 """
 
+import contextlib
 import copy
 import functools
 import glob
 import logging
+import sys
 from pathlib import Path
 
 TITLES = {  # the columns of the paper's tables
@@ -19,6 +21,8 @@ TITLES = {  # the columns of the paper's tables
     "arc_challenge": "ARC-c",
 }
 TASKS = tuple(TITLES)
+LOCAL = (*TASKS, "boolq", "openbookqa", "mmlu", "lambada_openai", "triviaqa")  # have a file in lm_eval/
+SCORES = ("acc_norm", "acc", "exact_match")  # fractions; the first that a task reports is its score
 TASK_FILES = Path(__file__).resolve().parent.parent / "lm_eval"
 FEWSHOT_SEED = 1234  # the harness's default
 
@@ -26,10 +30,10 @@ FEWSHOT_SEED = 1234  # the harness's default
 def zero_shot(model, tokenizer, tasks, batch_size=1, num_fewshot=0, limit=None, task_data=None) -> dict[str, dict]:
     """Each task's accuracy, {task: {score, metric, acc, acc_norm, stderr, items}}, as fractions.
 
-    The score is acc_norm where the task has it, else acc (the paper's convention), and `stderr` is
-    the score's (None for a single item). `limit` is None (all rows), the number of first rows of
-    every task, or {task: rows}. `task_data` is the folder of local_task; without it the rows come
-    from the hub or its cache. Raises ValueError where check_tasks would.
+    The score is acc_norm where the task has it, else acc (the paper's convention), else exact_match; a task that
+    reports a perplexity of its answers has `perplexity` too. `stderr` is the score's (None for a single item).
+    `limit` is None (all rows), the number of first rows of every task, or {task: rows}. `task_data` is the folder of
+    local_task; without it the rows come from the hub or its cache. Raises ValueError where check_tasks would.
 
     Log-probabilities are float32 whatever the model's dtype: summed in bf16 they are 0.5 apart near
     100 and candidates tie. The harness holds logits for whole sequences, batch_size x longest
@@ -51,29 +55,30 @@ def zero_shot(model, tokenizer, tasks, batch_size=1, num_fewshot=0, limit=None, 
             task.set_fewshot_seed(FEWSHOT_SEED)
         # evaluate, not simple_evaluate: that one returns None on torchrun's other ranks, reseeds
         # the global generators and spends seconds on a report of the machine.
-        # bootstrap_iters=1: 0 would drop the closed-form error of a mean too.
-        output = evaluate(lm, loaded, limit=rows, bootstrap_iters=1, log_samples=False)
+        # bootstrap_iters=2: 0 would drop the closed-form error of a mean too, 1 divides by 0 for a perplexity.
+        with contextlib.redirect_stdout(sys.stderr):  # it tells of its bootstrap there
+            output = evaluate(lm, loaded, limit=rows, bootstrap_iters=2, log_samples=False)
         scores.update((name, read_score(output["results"][name])) for name in names)
     return {name: scores[name] for name in tasks}
 
 
 def local_task(name: str, task_data: str | Path) -> dict:
-    """The harness's configuration of one of TASKS, reading <task_data>/<name>.jsonl.
+    """The harness's configuration of one of LOCAL, reading <task_data>/<name>.jsonl.
 
     Raises ValueError for a task without a local variant, a missing folder or a missing file.
     """
     import yaml
 
-    if name not in TASKS:
+    if name not in LOCAL:
         raise ValueError(
-            f"task {name!r} has no variant for local task data: use {', '.join(TASKS)}, "
+            f"task {name!r} has no variant for local task data: use {', '.join(LOCAL)}, "
             "or leave the task data out to run the harness's own task"
         )
     folder = Path(task_data).expanduser().resolve()
     if not folder.is_dir():
         raise ValueError(
             f"task data {str(task_data)!r} is not a folder: give one that holds "
-            + ", ".join(f"{task}.jsonl" for task in TASKS)
+            + ", ".join(f"{task}.jsonl" for task in LOCAL)
         )
     config = yaml.safe_load((TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8"))
     files = config["dataset_kwargs"]["data_files"]  # {split: file}, a single split
@@ -89,8 +94,8 @@ def local_task(name: str, task_data: str | Path) -> dict:
 def check_tasks(names, task_data=None, num_fewshot=0) -> None:
     """Raise ValueError unless zero_shot can run these tasks: meant for before the weights load.
 
-    With `task_data` the tasks are among TASKS and their files exist; without it the harness knows
-    them (a scan of its task files, about ten seconds) and they report an accuracy.
+    With `task_data` the tasks are among LOCAL and their files exist; without it the harness knows
+    them (a scan of its task files, about ten seconds) and they report one of SCORES.
     """
     if not names:
         raise ValueError(f"no task given: use some of {', '.join(TASKS)}")
@@ -115,7 +120,7 @@ def check_tasks(names, task_data=None, num_fewshot=0) -> None:
 
 
 def check_harness_task(name: str) -> None:
-    """Raise ValueError unless the harness has a task or group `name` with acc or acc_norm."""
+    """Raise ValueError unless the harness has a task or group `name` that reports one of SCORES."""
     entry = task_manager(hub=True).task_index.get(name)
     if entry is None:
         raise ValueError(
@@ -126,10 +131,10 @@ def check_harness_task(name: str) -> None:
     metrics = entry.cfg.get("metric_list") or entry.cfg.get("aggregate_metric_list") or []
     metrics = [metrics] if isinstance(metrics, dict) else metrics
     names = {metric["metric"] for metric in metrics}
-    if not names & {"acc", "acc_norm"}:
+    if not names & set(SCORES):
         raise ValueError(
             f"task {name!r} reports {', '.join(sorted(names)) or 'no metric of its own'}: "
-            "only tasks with acc or acc_norm can be averaged"
+            f"only tasks with {', '.join(SCORES)} can be averaged"
         )
 
 
@@ -146,15 +151,26 @@ def check_limits(tasks, limit) -> dict[str, int | None]:
 
 
 def harness_model(model, tokenizer, batch_size):
-    """The harness's wrapper around a loaded model, float32 log-probabilities."""
+    """The harness's wrapper around a loaded model, float32 log-probabilities, generation without a cache."""
     from lm_eval.models.huggingface import HFLM
+
+    class Uncached(HFLM):
+        """Generates without a cache: it would count positions by the first layer, whose attention may be masked."""
+
+        def _model_generate(self, context, **kwargs):
+            generate = self.model.generate
+            self.model.generate = lambda **given: generate(**{**given, "use_cache": False})
+            try:
+                return super()._model_generate(context, **kwargs)
+            finally:
+                del self.model.generate  # the class's own again
 
     log = logging.getLogger("lm_eval.models.huggingface")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns twice that the model is an object, not a name
     try:
         # A copy of the tokenizer: the harness gives it a pad token.
-        return HFLM(
+        return Uncached(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
         )
     finally:
@@ -172,9 +188,9 @@ def task_manager(hub: bool):
 def read_score(result: dict) -> dict:
     """zero_shot's entry from the harness's, whose keys are "metric,filter"."""
     values = {key.split(",")[0]: value for key, value in result.items()}
-    metric = "acc_norm" if "acc_norm" in values else "acc"
+    metric = next(name for name in SCORES if name in values)
     stderr = values.get(f"{metric}_stderr")
-    return {
+    score = {
         "score": values[metric],
         "metric": metric,
         "acc": values.get("acc"),
@@ -182,3 +198,4 @@ def read_score(result: dict) -> dict:
         "stderr": stderr if isinstance(stderr, float) else None,  # "N/A" for a single item
         "items": result["sample_len"],
     }
+    return score | ({"perplexity": values["perplexity"]} if "perplexity" in values else {})

@@ -214,8 +214,10 @@ def read_texts(args, tokenizer):
     """Return (calibration Corpus, calibration Text, evaluation Texts)."""
     from lib import data
 
-    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir)
-    drawn = data.sample_documents(corpus.documents, args.cal_nsamples, args.seed)
+    flags.settle_bos(args, tokenizer)
+    chat = tokenizer if args.chat_template else None
+    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, chat=chat)
+    drawn = data.draw(corpus, args.cal_nsamples, args.seed)
     calibration = cut(args, text_name(args.cal_dataset), corpus, drawn, tokenizer, None)
     texts = []
     for dataset in dict.fromkeys(args.eval_datasets):
@@ -245,7 +247,7 @@ def origin(corpus):
 def cut(args, name, corpus, documents, tokenizer, limit):
     from lib import data
 
-    windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)[:limit]
+    windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen, bos=args.bos, joint=corpus.joint, most=limit)
     return Text(
         name,
         windows,
@@ -255,6 +257,7 @@ def cut(args, name, corpus, documents, tokenizer, limit):
             "documents": len(documents),
             "windows": len(windows),
             "seqlen": args.ppl_eval_seqlen,
+            "bos": args.bos,
             "tokens": windows.numel(),
             "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         },

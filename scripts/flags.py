@@ -72,10 +72,20 @@ def add_removal_flags(parser, required=False):
 def add_text_flags(parser, dataset, batch_size):
     """batch_size None: of a search, settled by `search_batch_size`."""
     parser.add_argument(
-        "--cal-dataset", default=dataset, help="alpaca, wikitext2, ptb, c4, pydoc, or a .txt/.jsonl/.json/.parquet file"
+        "--cal-dataset",
+        default=dataset,
+        help="alpaca, wikitext2, ptb, c4, pydoc, a .txt/.jsonl/.json/.csv/.parquet file, owner/name:split:column of "
+        "the hub, or several: alpaca*2+c4",
     )
     parser.add_argument("--cal-split", help="split of a named data set, instead of its usual one", default=None)
     parser.add_argument("--text-column", help="column that holds the text, where it is not called text", default=None)
+    parser.add_argument("--chat-template", action="store_true", help="write chats as the model's own template does")
+    parser.add_argument(
+        "--bos",
+        choices=("auto", "every-window", "text"),
+        default="auto",
+        help="BOS in front of every window, or of the whole text as the tokenizer does; auto: what the model needs",
+    )
     parser.add_argument("--data-dir", help="folder with local copies: NAME-SPLIT.jsonl or NAME.jsonl ...", default=None)
     parser.add_argument("--ppl-eval-seqlen", type=positive, default=2048, help="window length in tokens")
     note = "" if batch_size else "; 8, but 1 with --search race, which decides after each batch"
@@ -216,15 +226,37 @@ def check_file(path, flag, suffix=".json"):
     check_folder(Path(path).parent, flag)
 
 
+def settle_bos(args, tokenizer):
+    """Make args.bos "every-window" or "text"."""
+    from lib.data import resolve_bos
+    from lib.families import needs_bos
+    from lib.model import skeleton
+
+    needed = args.bos == "auto" and needs_bos(skeleton(args.model_path, args.trust_remote_code))
+    args.bos = resolve_bos(args.bos, tokenizer, needed)
+
+
 def read_windows(args, tokenizer, held_out=False):
-    """Return (Corpus, documents drawn, windows (N, T)) of the text flags; no --cal-nsamples takes all documents."""
+    """Return (Corpus, documents drawn, windows (N, T)) of the text flags; no --cal-nsamples takes all documents.
+
+    args.bos becomes "every-window" or "text".
+    """
     from lib import data
 
-    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=held_out)
-    documents = corpus.documents
-    if args.cal_nsamples:
-        documents = data.sample_documents(documents, args.cal_nsamples, args.seed)
-    return corpus, documents, data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen)
+    chat = tokenizer if args.chat_template else None
+    corpus = data.load_documents(
+        args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=held_out, chat=chat
+    )
+    for number, what in (
+        (corpus.skipped, "records hold no text and are left out"),
+        (corpus.mended, "texts held half a surrogate pair, now U+FFFD"),
+    ):
+        if number:
+            print(f"warning: {args.cal_dataset}: {number} {what}", file=sys.stderr)
+    documents = data.draw(corpus, args.cal_nsamples, args.seed) if args.cal_nsamples else corpus.documents
+    settle_bos(args, tokenizer)
+    windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen, bos=args.bos, joint=corpus.joint)
+    return corpus, documents, windows
 
 
 def check_search(args):
@@ -241,9 +273,11 @@ def check_search(args):
 
 def check_seqlen(config, seqlen):
     """Raise ValueError where the model has fewer positions than a window has tokens; one token has no target."""
+    from lib.families import positions
+
     if seqlen < 2:
         raise ValueError(f"--ppl-eval-seqlen {seqlen}: a window needs 2 tokens to have a next one")
-    most = getattr(config, "max_position_embeddings", None)
+    most = positions(config)
     if most and seqlen > most:
         raise ValueError(f"--ppl-eval-seqlen {seqlen}: the model has {most} positions; use 2..{most}")
 

@@ -249,12 +249,10 @@ def test_a_part_of_a_run_of_layers_is_warned_about(search, evaluate):
 
 @pytest.mark.parametrize("script", ("search", "eval"))
 def test_text_that_is_too_short_is_refused(refused, text, script, tmp_path):
-    refused("--cal-nsamples 61", "60 documents", "1..60", script=script, cal_nsamples=61)
+    refused("61 were asked for", "60 documents", "1..60", script=script, cal_nsamples=61)
     short = tmp_path / "short.txt"
     short.write_text("Just a few words.")
-    refused(
-        "--ppl-eval-seqlen 64", "17 tokens", "less than one window", script=script, cal_dataset=short, cal_nsamples=1
-    )
+    refused("17 tokens", "less than one window of 64", script=script, cal_dataset=short, cal_nsamples=1)
 
 
 def test_windows_that_the_model_cannot_hold_are_refused(refused):
@@ -275,10 +273,13 @@ NO_TEXTS = {
     "deep.jsonl": (b"[" * 100_000, ("json",)),
     "number.jsonl": (b"3\n4\n", ("records",)),
     "object.json": (b'{"text": "a"}', ("records",)),
-    "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', ("record 2", "column text")),
-    "column.jsonl": (b'{"title": "a", "body": "b"}\n', ("--text-column text", "title, body")),
+    "null.jsonl": (b'{"text": null}\n{"text": null}\n', ("no text in column text of its 2 records",)),
+    "list.jsonl": (b'{"text": "a"}\n{"text": ["b"]}\n', ("record 2", "column text but list")),
+    "column.jsonl": (b'{"title": "a", "body": "b"}\n', ("no column text", "title, body")),
+    "chat.jsonl": (b'{"messages": [{"role": "user", "content": "a"}]}\n', ("no column text", "chat template")),
+    "cut.jsonl.gz": (b"\x1f\x8b\x08", ("cannot be read as jsonl",)),
     "broken.parquet": (b"PAR1 and no more", ("parquet",)),
-    "text.csv": (b"text\na\n", ("must end in", ".jsonl")),
+    "text.md": (b"text\na\n", ("must end in", ".jsonl")),
 }
 
 
@@ -297,32 +298,32 @@ def test_parquet_without_text_is_refused(refused, tmp_path):
     import pyarrow.parquet
 
     path = tmp_path / "table.parquet"
-    pyarrow.parquet.write_table(pa.table({"text": ["a", None], "number": [1, 2]}), path)
-    refused(str(path), "record 2", cal_dataset=path)
+    pyarrow.parquet.write_table(pa.table({"text": [None, None], "number": [1, 2]}), path)
+    refused(str(path), "no text in column text", cal_dataset=path)
     refused(str(path), "record 1", "number", cal_dataset=path, text_column="number")
-    refused("--text-column body", "text, number", cal_dataset=path, text_column="body")
+    refused("no column body", "text, number", cal_dataset=path, text_column="body")
 
 
 def test_unknown_text_is_refused(refused, tmp_path, text):
-    refused("--cal-dataset absent.txt", "alpaca, wikitext2", ".jsonl", cal_dataset="absent.txt")
-    refused("--cal-dataset", str(tmp_path), cal_dataset=tmp_path)
-    refused("--cal-split test", "drop --cal-split", cal_split="test")
-    refused("--cal-split dev", "train, validation, test", cal_dataset="alpaca", cal_split="dev")
-    refused("--data-dir", "no such folder", cal_dataset="alpaca", data_dir=tmp_path / "absent")
-    refused("--data-dir", "alpaca-test", ".jsonl", cal_dataset="alpaca", data_dir=tmp_path)
+    refused("absent.txt: neither", "alpaca, wikitext2", ".jsonl", cal_dataset="absent.txt")
+    refused(f"{tmp_path}: neither", cal_dataset=tmp_path)
+    refused("one file without splits", "none called test", cal_split="test")
+    refused("no split dev", "train, validation, test", cal_dataset="alpaca", cal_split="dev")
+    refused("no such folder of data", cal_dataset="alpaca", data_dir=tmp_path / "absent")
+    refused(f"{tmp_path}: holds neither", "alpaca-test", ".jsonl", cal_dataset="alpaca", data_dir=tmp_path)
 
 
 def test_texts_without_columns_take_no_text_column(refused, tmp_path, text):
     strings = tmp_path / "strings.json"
     strings.write_text('["a", "b"]')
     for given in (text, strings, "pydoc"):
-        refused("--text-column body", str(given), "drop --text-column", cal_dataset=given, text_column="body")
+        refused("none is called body", str(given), "name no column", cal_dataset=given, text_column="body")
 
 
 def test_a_text_column_that_a_local_copy_lacks_is_refused(search, refused, tmp_path):
     rows = [{"sentence": f"number {i} and more words to fill a window of tokens"} for i in range(30)]
     (tmp_path / "ptb-test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused("--text-column body", "sentence", cal_dataset="ptb", data_dir=tmp_path, text_column="body")
+    refused("no column body", "sentence", cal_dataset="ptb", data_dir=tmp_path, text_column="body")
     assert search(cal_dataset="ptb", data_dir=tmp_path).code == 0  # its own column needs no flag
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -24,6 +25,11 @@ OWN_FILES = {  # below the harness's tasks folder
     "hellaswag": "hellaswag/hellaswag.yaml",
     "arc_easy": "arc/arc_easy.yaml",
     "arc_challenge": "arc/arc_challenge.yaml",
+    "boolq": "super_glue/boolq/default.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "mmlu": "mmlu/default/mmlu_high_school_us_history.yaml",
+    "lambada_openai": "lambada/lambada_openai.yaml",
+    "triviaqa": "triviaqa/default.yaml",
 }
 
 
@@ -75,7 +81,27 @@ def toy_rows(count=12) -> dict[str, list[dict]]:
     def winogrande():
         return {"sentence": f"{text()} _ {text()}.", "option1": text(), "option2": text(), "answer": rng.choice("12")}
 
+    subjects = ["high_school_us_history"]  # one: the harness has a task for each
     return {
+        "boolq": [{"passage": text(), "question": text(), "label": rng.randrange(2)} for _ in range(count)],
+        "openbookqa": [
+            {"question_stem": item["question"], "choices": item["choices"], "answerKey": item["answerKey"]}
+            for item in map(arc, range(count))
+        ],
+        "mmlu": [
+            {
+                "question": text(),
+                "subject": rng.choice(subjects),
+                "choices": [text() for _ in range(4)],
+                "answer": rng.randrange(4),
+            }
+            for _ in range(count)
+        ],
+        "lambada_openai": [{"text": f"{text()} last{i}"} for i in range(count)],
+        "triviaqa": [
+            {"question": text(), "answer": {"aliases": [text() for _ in range(rng.randint(1, 4))], "value": text()}}
+            for _ in range(count)
+        ],
         "piqa": [{"goal": text(), "sol1": text(), "sol2": text(), "label": rng.randrange(2)} for _ in range(count)],
         "winogrande": [winogrande() for _ in range(count)],
         "hellaswag": [
@@ -116,7 +142,7 @@ def load_own(name, items):
     class Offline(ConfigurableTask):
         def download(self, *args, **kwargs):
             rows = Dataset.from_list(items)
-            self.dataset = DatasetDict(train=rows, validation=rows, test=rows)
+            self.dataset = DatasetDict(train=rows, dev=rows, validation=rows, test=rows)
 
     return Offline(config=config)
 
@@ -143,6 +169,107 @@ def test_local_variants_ask_what_the_harness_asks(name, rows, tmp_path):
     assert local.VERSION == own.VERSION
     same = ("task", "output_type", "metric_list", "target_delimiter", "description", "test_split")
     assert [local.get_config(key) for key in same] == [own.get_config(key) for key in same]
+
+
+@pytest.mark.parametrize("name", tasks.LOCAL[5:])
+def test_further_variants_ask_what_the_harness_asks(name, tmp_path):
+    rows = toy_rows(50)
+    local, own = load_local(name, write_rows(tmp_path / "data", rows)), load_own(name, rows[name])
+    for task in (local, own):
+        task.set_config("num_fewshot", 0)
+        task.build_all_requests()
+    assert len(local.instances) >= 50
+    for request, own_request in zip(local.instances, own.instances, strict=True):
+        assert request.args == own_request.args
+        assert (request.doc_id, request.idx, request.request_type) == (
+            own_request.doc_id,
+            own_request.idx,
+            own_request.request_type,
+        )
+    rng = random.Random(0)
+    for doc, own_doc in zip(local.eval_docs, own.eval_docs, strict=True):
+        target = local.doc_to_target(doc)
+        assert target == own.doc_to_target(own_doc)
+        if name == "triviaqa":
+            answers = [rng.choice([target[0].upper(), "wrong"])]
+        elif name == "lambada_openai":
+            answers = [(-rng.random(), rng.random() < 0.5)]
+        else:
+            answers = [(-100 * rng.random(), False) for _ in local.doc_to_choice(doc)]
+        assert local.process_results(doc, answers) == own.process_results(own_doc, answers)
+    assert local.aggregation() == own.aggregation() and local.higher_is_better() == own.higher_is_better()
+    assert local.VERSION == own.VERSION
+    same = ("task", "output_type", "target_delimiter", "filter_list") if name != "mmlu" else ("output_type",)
+    assert [local.get_config(key) for key in same] == [own.get_config(key) for key in same]
+
+
+def test_every_subject_of_mmlu_has_the_name_that_the_harness_gives_it(tmp_path):
+    import lm_eval.tasks
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    folder = Path(lm_eval.tasks.__path__[0], "mmlu", "default")
+    own = {
+        c["dataset_name"]: c["description"] for c in map(load_yaml, folder.glob("mmlu_*.yaml")) if "description" in c
+    }
+    assert len(own) == 57
+    row = toy_rows(1)["mmlu"][0]
+    rows = [row | {"subject": subject} for subject in own]
+    local = load_local("mmlu", write_rows(tmp_path / "data", {"mmlu": rows}))
+    bodies = {local.doc_to_text(doc).removeprefix(own[doc["subject"]]) for doc in local.eval_docs}
+    assert len(bodies) == 1, "but for the description every subject has the same question"
+
+
+def test_scores_of_words_and_answers_are_plain_greedy_ones(tmp_path, no_network, monkeypatch):
+    """lambada's perplexity and accuracy, triviaqa's answers, without the first layer's attention."""
+    from lm_eval.models.huggingface import HFLM
+
+    answers, generate_until = {}, HFLM.generate_until
+
+    def record(self, requests, **kwargs):
+        said = generate_until(self, requests, **kwargs)
+        answers.update((x.args[0], text) for x, text in zip(requests, said, strict=True))
+        return said
+
+    monkeypatch.setattr(HFLM, "generate_until", record)
+    rows = toy_rows(6)
+    tokenizer = toy_tokenizer(rows)
+    model = toy_model(tokenizer)
+    model.model.layers[0].self_attn = NoAttention()
+
+    @torch.no_grad()
+    def greedy(prompt, count):
+        ids = tokenizer(prompt)["input_ids"]
+        start = len(ids)
+        for _ in range(count):
+            ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+        return ids[start:]
+
+    folder = write_rows(tmp_path / "data", rows)
+    scores = tasks.zero_shot(model, tokenizer, ["lambada_openai", "triviaqa"], batch_size=4, task_data=folder)
+    values, right = [], 0
+    for row in rows["lambada_openai"]:
+        context, word = row["text"].rsplit(" ", 1)
+        values.append(log_probability(model, tokenizer, context, f" {word}"))
+        said = greedy(context.rstrip(), 12)
+        wanted = tokenizer(row["text"])["input_ids"][len(tokenizer(context.rstrip())["input_ids"]) :]
+        right += said[: len(wanted)] == wanted
+    lambada = scores["lambada_openai"]
+    assert lambada["perplexity"] == pytest.approx(math.exp(-sum(values) / len(values)), rel=1e-4)
+    assert (lambada["metric"], lambada["score"], lambada["acc_norm"]) == ("acc", right / len(values), None)
+    assert scores["triviaqa"]["metric"] == "exact_match" and len(answers) == 6
+    for prompt, answer in answers.items():
+        said = tokenizer.decode(greedy(prompt, 60)).split("</s>")[0].replace("<s>", "")
+        said = re.split("[\n.,]", said)[0].rstrip("\ufffd")  # the last character may be cut
+        assert said and (answer.startswith(said) or said.strip() == answer.strip())
+
+
+def test_a_mark_that_windows_puts_in_front_of_a_task_file_is_no_text(tmp_path):
+    rows = toy_rows()
+    folder = write_rows(tmp_path / "data", rows)
+    for name in tasks.LOCAL:
+        file = folder / f"{name}.jsonl"
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert list(load_local(name, folder).eval_docs) == rows[name]
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
@@ -327,8 +454,8 @@ def test_local_task_errors(tmp_path):
     assert tasks.local_task("piqa", tmp_path)["dataset_kwargs"]["data_files"] == {
         "validation": str(tmp_path / "piqa.jsonl")
     }
-    with pytest.raises(ValueError, match="'mmlu' has no variant .* use piqa, .* or leave"):
-        tasks.local_task("mmlu", tmp_path)
+    with pytest.raises(ValueError, match="'gsm8k' has no variant .* use piqa, .* or leave"):
+        tasks.local_task("gsm8k", tmp_path)
     with pytest.raises(ValueError, match="nowhere' is not a folder: give one that holds piqa"):
         tasks.local_task("piqa", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no arc_easy.jsonl: task arc_easy reads it"):
@@ -351,7 +478,8 @@ def test_check_tasks_errors(tmp_path, monkeypatch):
 
     folder = lm_eval.tasks.__path__[0]  # a few of its folders: all take ten seconds
     index = lm_eval.tasks.TaskManager(
-        include_defaults=False, include_path=[f"{folder}/arc", f"{folder}/gsm8k", f"{folder}/mmlu/default"]
+        include_defaults=False,
+        include_path=[f"{folder}/arc", f"{folder}/gsm8k", f"{folder}/wikitext", f"{folder}/mmlu/default"],
     )
     monkeypatch.setattr(tasks, "task_manager", lambda hub: index)
     tasks.check_tasks(["arc_easy", "mmlu"])
@@ -359,8 +487,11 @@ def test_check_tasks_errors(tmp_path, monkeypatch):
         tasks.check_tasks(["arc_easy", "picqa"])
     with pytest.raises(ValueError, match="'ai2_arc' is lm_eval's tag .*: arc_challenge, arc_easy"):
         tasks.check_tasks(["ai2_arc"])
-    with pytest.raises(ValueError, match="'gsm8k' reports exact_match: only tasks with acc"):
-        tasks.check_tasks(["gsm8k"])
+    with pytest.raises(
+        ValueError, match="'wikitext' reports .*byte_perplexity.*: only tasks with acc_norm, acc, exact_match"
+    ):
+        tasks.check_tasks(["wikitext"])
+    tasks.check_tasks(["gsm8k"])
 
 
 @pytest.mark.parametrize("limit", [0, -1, 0.5, {"piqa": 0}, {"hellaswag": 5}])

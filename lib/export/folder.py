@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lib.export.gguf import read_info
-from lib.hub import locate
+from lib.hub import locate, model_name
 from lib.model import quiet, readable
 
 TOKENIZER_FILES = (
@@ -135,7 +135,7 @@ def _write_generation_config(source, folder):
 
 def base_name(source):
     """Return the model's name for people: the hub id, or the name of its folder or file."""
-    return Path(source.path).resolve().name if Path(source.path).exists() else source.path
+    return model_name(source.path)
 
 
 def pruned_before(source):
