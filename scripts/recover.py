@@ -141,7 +141,7 @@ def run(parser, args):
     work = Path(f"{Path(args.output_dir).expanduser().absolute()}.training")
     n_windows = recipe.steps * step_windows
     text = None if args.self_text else cut_text(args, info, corpora, tokenizer, n_windows)
-    begin(work, settings(args, recipe, processes))
+    begin(work, settings(args, recipe, processes, text))
 
     with PartialState(cpu=device == "cpu").main_process_first():  # the others read what it has written
         teacher = load_model(args.teacher, args.compute_dtype, device, args.trust_remote_code)
@@ -152,7 +152,7 @@ def run(parser, args):
         answers = recover.Teacher(teacher)
         if args.cache_teacher:
             answers = recover.Teacher(cache=recover.fill_cache(teacher, text.windows, recipe, work / "teacher"))
-            del teacher
+            teacher = None
         student = load_model(args.export, "fp32", device, args.trust_remote_code)
         pruned = looked(work / "pruned.json", student, text.watched, recipe)
     student = recover.set_trainable(student, args.train, args.seed)
@@ -180,6 +180,8 @@ def run(parser, args):
         )
     if rank:
         return
+    del student, answers
+    teacher = None  # their memory is wanted for the copy that is written
     model = recover.merge(load_model(args.export, "fp32", "cpu", args.trust_remote_code), state, args.train)
     looks = [line for line in history if "watched" in line]
     facts = {
@@ -355,11 +357,14 @@ def cut_text(args, info, corpora, tokenizer, n_windows):
     return Text(windows, watched, about, shared, lines)
 
 
-def settings(args, recipe, processes):
-    """Return what decides the result, as the training folder keeps it."""
+def settings(args, recipe, processes, text):
+    """Return what decides the result, as the training folder keeps it; text is None where it is not written yet."""
+    import hashlib
+
     kept = ("export", "teacher", "cal_dataset", "text_column", "cal_nsamples", "self_text", "held_out", "watch")
     given = {name: getattr(args, name) for name in (*kept, "seqlen", "cache_teacher", "eval_every")}
-    return {**given, **recipe._asdict(), "processes": processes}
+    digest = hashlib.sha256(text.windows.numpy().tobytes()).hexdigest() if text else None
+    return {**given, **recipe._asdict(), "processes": processes, "text_sha256": digest}
 
 
 def begin(work, given):

@@ -127,12 +127,11 @@ def test_loss_falls_and_the_folder_holds_what_was_in_memory(name, pruned, toy_fo
 
 @pytest.mark.parametrize("part", recover.PARTS)
 def test_only_the_chosen_part_changes(part, pruned, toy_folder, tmp_path):
-    """Blocks 0..2; mlp1 and mha0 are gone: next to gaps are mlp0, mha1 and mha2; mlp2 is not."""
+    """Of four layers mlp1 and mha0 are gone: next to gaps are mlp0, mha1 and mha2."""
     folder = pruned(num_hidden_layers=4)
     before = load(folder).state_dict()
-    model, _ = trained(folder, Teacher(load(toy_folder(num_hidden_layers=4))), tmp_path / "work", RECIPE._replace(
-        train=part
-    ))  # fmt: skip
+    teacher = Teacher(load(toy_folder(num_hidden_layers=4)))
+    model, _ = trained(folder, teacher, tmp_path / "work", RECIPE._replace(train=part))
     after = model.state_dict()
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -147,7 +146,7 @@ def test_only_the_chosen_part_changes(part, pruned, toy_folder, tmp_path):
         layers = load(folder).config.num_hidden_layers
         last = {f"model.layers.{i}." for i in range(layers - 3, layers)}
         assert changed == {n for n in before if n.startswith((*last, "lm_head", "model.norm"))}
-    else:  # source blocks: "mlp0, mha1 mlp?" is told by the export itself
+    else:
         near = {"mlp0", "mha1", "mha2"}
         wanted = set()
         for k, chain in enumerate(model.config.source_blocks):
@@ -268,10 +267,19 @@ def given(pruned, toy_folder, text, tmp_path):
     """The flags of a small recovery of the toy."""
     pruned()
     return {
-        "teacher": toy_folder(), "output_dir": tmp_path / "out", "cal_dataset": text, "tokens": 3072, "seqlen": 64,
-        "batch_size": 2, "held_out": 2, "lr": 3e-3, "compute_dtype": "fp32", "device": "cpu", "eval_every": 6,
+        "teacher": toy_folder(),
+        "output_dir": tmp_path / "out",
+        "cal_dataset": text,
+        "tokens": 3072,
+        "seqlen": 64,
+        "batch_size": 2,
+        "held_out": 2,
+        "lr": 3e-3,
+        "compute_dtype": "fp32",
+        "device": "cpu",
+        "eval_every": 6,
         "trust_remote_code": True,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -365,6 +373,9 @@ def test_bad_input_is_refused_in_one_line(refuses, toy_folder, text, tmp_path, m
     config.write_text(json.dumps(json.loads(before) | {"quantization_config": {"bits": 4}}))
     refuses("quantised")
     config.write_text(before)
+    find = script.importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: name != "peft" and find(name, *rest) or None)
+    refuses("--train lora: needs the peft package", train="lora")
     monkeypatch.setattr(recover, "free_bytes", lambda device: (1000, 0))
     monkeypatch.setattr("lib.model.load_model", lambda *args: pytest.fail("weights were read"))
     refuses("training needs at least 0.0 GiB", "are free")
