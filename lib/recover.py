@@ -342,7 +342,7 @@ def train(student, teacher, windows, watched, recipe, work, every, report=lambda
 
 
 def distillation_loss(model, teacher, ids, index, recipe):
-    """Return the loss of a batch of windows (B, T): the divergence, and what next tokens and hidden states add to it."""
+    """Return the loss of windows ids (B, T): the divergence, and what next tokens and hidden states add to it."""
     logits, best, hidden = teacher(ids, index, recipe)
     out = _forward(model, ids, recipe.hidden_weight > 0)
     if best is not None:
