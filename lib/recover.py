@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from bisect import bisect
 from pathlib import Path
@@ -255,13 +256,16 @@ def check_room(needed, device):
 # ---- the loop ------------------------------------------------------------------------------------------------
 
 
-def train(student, teacher, windows, watched, recipe, work, every, report=lambda line: None, use_cpu=False):
+def train(
+    student, teacher, windows, watched, recipe, work, every, report=lambda line: None, use_cpu=False, save_every=None
+):
     """Train what `set_trainable` marks in the student; return its state dict, float32, on the CPU, and the history.
 
     windows: token ids (N, T), N = steps x the windows of a step, in the order they are trained on. watched: {name:
-    windows (M, T)} whose loss is taken after every `every` steps, when a checkpoint is written below `work` as well. A
-    call with checkpoints there goes on from the last complete one. report: takes a dict a step, and one for each look
-    at the watched text; the history is a list of these. Of several processes only the first has the state dict.
+    windows (M, T)} whose loss is taken after every `every` steps. A checkpoint is written below `work` as often, or every
+    `save_every` steps; a call with checkpoints there goes on from the last complete one. report: takes a dict a step,
+    and one for each look at the watched text; the history is a list of these. Of several processes only the first has
+    the state dict.
     Raises Diverged where a loss is no number; the checkpoints that are left are good.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -272,7 +276,8 @@ def train(student, teacher, windows, watched, recipe, work, every, report=lambda
     class Distiller(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = distillation_loss(model, teacher, inputs["input_ids"], inputs["index"], recipe)
-            if not torch.isfinite(loss):
+            if not torch.isfinite(loss):  # the weights of the last step are no good, those before it were
+                shutil.rmtree(work / f"checkpoint-{self.state.global_step}", ignore_errors=True)
                 raise Diverged(f"the loss is {loss.item()} in step {self.state.global_step + 1}")
             return loss
 
@@ -324,7 +329,7 @@ def train(student, teacher, windows, watched, recipe, work, every, report=lambda
         train_sampling_strategy="sequential",  # the windows come in their order
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_steps=every,
+        save_steps=save_every or every,
         save_total_limit=2,  # should the last one be cut short
         remove_unused_columns=False,
         disable_tqdm=True,

@@ -83,7 +83,12 @@ def parse_args(argv=None):
     )
     parser.add_argument("--held-out", type=flags.positive, default=8, help="windows of each text never trained on")
     parser.add_argument("--watch", nargs="*", default=[], help="more texts whose first windows are watched, as pydoc")
-    parser.add_argument("--eval-every", type=flags.positive, default=None, help="steps between looks and checkpoints")
+    parser.add_argument(
+        "--eval-every", type=flags.positive, default=None, help="steps between looks at the held-out part"
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=flags.positive, default=None, help="steps between checkpoints; as --eval-every"
+    )
     parser.add_argument("--seqlen", type=flags.positive, default=512, help="window length in tokens")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="windows per forward and process")
     parser.add_argument("--accumulate", type=flags.positive, default=1, help="forwards per step")
@@ -170,7 +175,16 @@ def run(parser, args):
     progress = Progress(recipe.steps, total // recipe.steps, say)
     try:
         state, history = recover.train(
-            student, answers, text.windows, text.watched, recipe, work, every, progress, device == "cpu"
+            student,
+            answers,
+            text.windows,
+            text.watched,
+            recipe,
+            work,
+            every,
+            progress,
+            device == "cpu",
+            args.checkpoint_every,
         )
     except recover.Diverged as error:
         kept = recover.last_checkpoint(work)

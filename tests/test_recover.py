@@ -53,10 +53,12 @@ def load(folder):
     return load_model(str(folder), "fp32", trust_remote_code=True)
 
 
-def trained(folder, teacher, work, recipe=RECIPE, report=lambda line: None, every=4):
+def trained(folder, teacher, work, recipe=RECIPE, report=lambda line: None, every=4, save_every=None):
     """Train an export towards a teacher and return (the model merged, history)."""
     student = recover.set_trainable(load(folder), recipe.train)
-    state, history = recover.train(student, teacher, WINDOWS, WATCHED, recipe, work, every, report, use_cpu=True)
+    state, history = recover.train(
+        student, teacher, WINDOWS, WATCHED, recipe, work, every, report, use_cpu=True, save_every=save_every
+    )
     return recover.merge(load(folder), state, recipe.train), history
 
 
@@ -230,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_and_leaves_a_good_checkpoint(pruned, toy
             return logits * (math.nan if len(calls) == 7 else 1), *rest
 
     with pytest.raises(recover.Diverged, match="nan in step 7"):
-        trained(folder, Broken(load(toy_folder())), tmp_path / "work")
+        trained(folder, Broken(load(toy_folder())), tmp_path / "work", save_every=2)  # what step 6 left is bad
     kept = recover.last_checkpoint(tmp_path / "work")
     assert kept.endswith("checkpoint-4")
     from safetensors.torch import load_file
