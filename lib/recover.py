@@ -262,10 +262,10 @@ def train(
     """Train what `set_trainable` marks in the student; return its state dict, float32, on the CPU, and the history.
 
     windows: token ids (N, T), N = steps x the windows of a step, in the order they are trained on. watched: {name:
-    windows (M, T)} whose loss is taken after every `every` steps. A checkpoint is written below `work` as often, or every
-    `save_every` steps; a call with checkpoints there goes on from the last complete one. report: takes a dict a step,
-    and one for each look at the watched text; the history is a list of these. Of several processes only the first has
-    the state dict.
+    windows (M, T)} whose loss is taken after every `every` steps. A checkpoint is written below `work` as often, or
+    every `save_every` steps; a call with checkpoints there goes on from the last complete one. report: takes a dict a
+    step, and one for each look at the watched text; the history is a list of these. Of several processes only the
+    first has the state dict.
     Raises Diverged where a loss is no number; the checkpoints that are left are good.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
