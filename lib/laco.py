@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from lib.blocks import KINDS, Block
+from lib.export.config import reindexed
 from lib.export.folder import complete_or_nothing
 from lib.export.layers import Layer
-from lib.export.write import reindexed
 from lib.files import write_json
 from lib.importance import check_weights
 from lib.model import quiet

@@ -53,10 +53,10 @@ def main(argv=None):
             args.output_dir,
             args.format,
             args.compute_dtype,
-            args.overwrite,
-            args.trust_remote_code,
-            meta,
-            flags.versions(),
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+            meta=meta,
+            versions=flags.versions(),
         )
     flags.warn_of_order(args, meta, removed)
     print(f"model         {args.model_path}: {result['dense_parameters']:,} parameters")

@@ -86,7 +86,7 @@ class Source:
         if quantised:
             method = (quantised if isinstance(quantised, dict) else quantised.to_dict()).get("quant_method", "?")
             raise ValueError(
-                f"--model-path {path}: quantised ({method}), and packed weights are not pruned here; give the dense "
+                f"{path}: quantised ({method}), and packed weights are not pruned here; give the dense "
                 "checkpoint and quantise the export"
             )
         check_whole(self.config, path)
@@ -121,7 +121,7 @@ class Source:
         found = {place.layer for place in map(self.place, stored) if place}
         if found != set(range(self.n_layers)):
             raise ValueError(
-                f"--model-path {self.path}: weights of {len(found)} layers, where config.json says {self.n_layers}; "
+                f"{self.path}: weights of {len(found)} layers, where config.json says {self.n_layers}; "
                 "give a complete checkpoint"
             )
         return stored
@@ -167,7 +167,7 @@ class Source:
             kinds = KINDS if module in row.mha_norms and self._shared_norm else ("mha",)
         else:
             raise ValueError(
-                f"--model-path {self.path}: {name}: the row of {type(self.layers[0]).__name__} of FAMILIES in "
+                f"{self.path}: {name}: the row of {type(self.layers[0]).__name__} of FAMILIES in "
                 f"lib/families.py has no {module}, so that nobody knows which block it goes with; correct the row"
             )
         return Place(head, int(layer), rest, kinds)
@@ -201,7 +201,7 @@ class Source:
                 same = torch.equal(stored[head].load(), stored[own].load())
             if not same:
                 raise ValueError(
-                    f"--model-path {self.path}: its configuration ties {head} to {own}, but it holds both and they "
+                    f"{self.path}: its configuration ties {head} to {own}, but it holds both and they "
                     'differ; say "tie_word_embeddings": false in its config.json'
                 )
             del stored[head]
@@ -232,6 +232,11 @@ def verify(model_class, config, entries):
             )
 
 
+def zeros(name, shape, dtype):
+    """Return the Entry of a tensor of zeros."""
+    return Entry(name, shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
 def check_space(folder, nbytes):
     """Raise ValueError unless the disk of `folder`, or of its nearest parent, has `nbytes` free."""
     path = Path(folder).expanduser().absolute()
@@ -241,6 +246,14 @@ def check_space(folder, nbytes):
             f"{folder}: {nbytes / 2**30:,.2f} GiB to write, {free / 2**30:,.2f} GiB free on that disk; "
             "free some, or give a folder on another disk"
         )
+
+
+def write_checkpoint(folder, source, config, entries):
+    """Write weights and configuration, which says the dtype that was asked for."""
+    write_shards(folder, entries)
+    if source.dtype:
+        config.dtype = source.dtype
+    config.save_pretrained(folder)
 
 
 def write_shards(folder, entries, shard_bytes=SHARD_BYTES):

@@ -50,7 +50,7 @@ def check_target(folder, path, overwrite=False):
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{folder}: is not empty; give another folder (scripts.export may --overwrite an export)")
+        raise ValueError(f"{folder}: is not empty; give another folder, or ask to overwrite the export in it")
     if Path(path).exists() and folder in (Path(path).resolve(), *Path(path).resolve().parents):
         raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
@@ -173,6 +173,15 @@ def card(source, info, how_to_load):
         if all(isinstance(value, (int, float)) for value in pair):  # infinities are strings
             lines += ["| perplexity ({}) | {:.4f} | {:.4f} |".format(text, *pair)]
     return "\n".join([*lines, "", "## Loading it", "", how_to_load.strip(), ""])
+
+
+def in_python(arguments):
+    """Return for the card how transformers loads a folder; arguments: Python's, "PATH" first."""
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n```"
+    )
 
 
 def _licence(source):

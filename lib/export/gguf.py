@@ -23,7 +23,7 @@ import torch
 from lib.export.checkpoint import check_space, verify
 from lib.export.decilm import check_attention, check_family, head_size
 from lib.export.gguf_vocab import vocabulary
-from lib.export.layers import repack
+from lib.export.layers import places, repack
 from lib.model import load_tokenizer, readable
 
 ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' model_type -> llama.cpp's name
@@ -78,9 +78,7 @@ def prune(model, removed):
     """
     layers = repack(model.get("block_count"), removed)
     check_attention(layers, "gguf")
-    where = {("mha", layer.mha): i for i, layer in enumerate(layers)}
-    where |= {("mlp", layer.mlp): i for i, layer in enumerate(layers)}
-    tensors = {}
+    where, tensors = places(layers), {}
     for name, tensor in model.tensors.items():
         if match := BLOCK.fullmatch(name):
             layer, rest, part = match.groups()
@@ -163,18 +161,18 @@ def read_info(path):
         field = gguf.GGUFReader(path).get_field("pruning_info")
         info = json.loads(field.contents()) if field else None
     if info is None:
-        raise ValueError(f"{path}: has no pruning_info; give a model.gguf of --format gguf")
+        raise ValueError(f"{path}: has no pruning_info; give a model.gguf of format gguf")
     return info
 
 
 def _check_file(path, model, reader):
     def refuse(what, instead):
-        raise ValueError(f"--model-path {path}: {what}; {instead}")
+        raise ValueError(f"{path}: {what}; {instead}")
 
     if model.arch not in ARCHS.values():
         refuse(
-            f"architecture {model.arch}; --format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
-            "give the model's folder and use --format hf",
+            f"architecture {model.arch}; format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
+            "give the model's folder and use format hf",
         )
     missing = [key for key in REQUIRED if model.get(key) is None]
     if missing:
@@ -187,11 +185,11 @@ def _check_file(path, model, reader):
         if key.startswith(f"{model.arch}.") and isinstance(field.value, list):
             refuse(f"{key} differs from layer to layer", "give the file of the model before it was changed")
     if model.get("rope.dimension_count", _head_size(model)) != _head_size(model):
-        refuse("it rotates a part of each head", "give the model's folder and use --format hf")
+        refuse("it rotates a part of each head", "give the model's folder and use format hf")
     for name in model.tensors:  # experts, fused projections
         match = BLOCK.fullmatch(name)
         if name.startswith("blk.") and (not match or match[3] not in ATTENTION + MLP):
-            refuse(f"{name} is of no known block", "give the model's folder and use --format hf")
+            refuse(f"{name} is of no known block", "give the model's folder and use format hf")
     for part in (*(f"blk.{i}.{p}" for i in range(model.get("block_count")) for p in ATTENTION + MLP), *OUTER):
         if f"{part}.weight" not in model.tensors:
             refuse(f"it lacks {part}.weight", "give a complete file")
@@ -216,9 +214,7 @@ def from_checkpoint(source, removed):
     for name in source.names():
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise ValueError(
-                f"--model-path {source.path}: {name}: llama.cpp's {arch} has no such tensor; use --format hf"
-            )
+            raise ValueError(f"{source.path}: {name}: llama.cpp's {arch} has no such tensor; use format hf")
         tensors[new] = _tensor(source.entry(name))
         if arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
             tensors[new] = interleaved(tensors[new], heads if "attn_q" in new else kv_heads)
@@ -266,8 +262,8 @@ def _tensor(entry):
     dtype = torch.float32 if len(entry.shape) == 1 else entry.dtype
     if dtype not in FILE_TYPES:
         raise ValueError(
-            f"--format gguf: {entry.name} is {dtype}, and a GGUF file's weights are fp32, fp16 or bf16; "
-            "give one of them as --compute-dtype"
+            f"format gguf: {entry.name} is {dtype}, and a GGUF file's weights are fp32, fp16 or bf16; "
+            "ask for one of them"
         )
 
     def load():
