@@ -393,7 +393,7 @@ def test_an_interrupted_export_leaves_the_old_one(write, monkeypatch, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transformers.PreTrainedConfig.save_pretrained", interrupted)  # the last thing written
+    monkeypatch.setattr("lib.export.checkpoint.config_json", interrupted)  # the last thing written
     with pytest.raises(KeyboardInterrupt):
         write(overwrite=True)
     assert tree(tmp_path) == before

@@ -22,6 +22,7 @@ import torch
 
 from lib.blocks import KINDS
 from lib.decoder import find_layers
+from lib.export.config import config_json
 from lib.families import FAMILIES
 from lib.hub import locate
 from lib.model import DTYPES, check_whole, load_config, load_model, quiet, readable, skeleton
@@ -108,6 +109,11 @@ class Source:
     def folder(self):
         """Where the files lie; a hub model is downloaded now."""
         return Path(self._where) if Path(self._where).is_dir() else _snapshot(self._where)
+
+    @property
+    def own_config(self):
+        """What the source's config.json says, as a dict; None of a .gguf file."""
+        return None if self.gguf else json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
 
     @functools.cached_property
     def _stored(self):
@@ -253,7 +259,8 @@ def write_checkpoint(folder, source, config, entries):
     write_shards(folder, entries)
     if source.dtype:
         config.dtype = source.dtype
-    config.save_pretrained(folder)
+    text = json.dumps(config_json(config, source.own_config), indent=2)
+    (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_shards(folder, entries, shard_bytes=SHARD_BYTES):

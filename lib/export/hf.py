@@ -38,7 +38,7 @@ def as_hf(source, removed, info):
     labels = {}
     for k, chain in enumerate(chains):
         for j, layer in enumerate(chain):
-            label = str(k) if len(chain) == 1 else f"{k}.steps.{j}"
+            label = str(k) if len(chain) == 1 else f"{k}.steps.step{j}"  # vLLM wants one number a name
             labels |= dict.fromkeys(layer.blocks(), label)
     entries = source.relabelled(labels)
     verify(model_class, config, entries)
