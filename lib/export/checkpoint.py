@@ -22,6 +22,7 @@ import torch
 
 from lib.blocks import KINDS
 from lib.decoder import find_layers
+from lib.edits import Edit, check_shape, name_in
 from lib.export.config import config_json
 from lib.families import FAMILIES
 from lib.hub import locate
@@ -76,12 +77,13 @@ class Source:
     config: transformers' configuration. bare: the model without weights. layers, n_layers, family: its
     decoder layers, their number, and their row of FAMILIES. parallel: whether attention and MLP of a
     layer read the same state, so that an attention and the MLP of another layer are no layer.
-    native: whether the model's code is transformers' own. No weights are read before they are asked for.
+    native: whether the model's code is transformers' own. edit: an Edit, whose tensors and
+    configuration are read in place of the files'. No weights are read before they are asked for.
     Raises ValueError, one line, for what cannot be read, and for a checkpoint that is quantised or pruned.
     """
 
-    def __init__(self, path, compute_dtype=None, trust_remote_code=False):
-        self.path, self.trust_remote_code = str(path), trust_remote_code
+    def __init__(self, path, compute_dtype=None, trust_remote_code=False, edit=Edit()):  # noqa: B008 (immutable)
+        self.path, self.trust_remote_code, self.edit = str(path), trust_remote_code, edit
         self.config = load_config(path, trust_remote_code)
         quantised = getattr(self.config, "quantization_config", None)
         if quantised:
@@ -92,6 +94,11 @@ class Source:
             )
         check_whole(self.config, path)
         self.bare = skeleton(path, trust_remote_code)
+        if edit.config:
+            for field, value in edit.config.items():
+                setattr(self.config, field, value)
+            with torch.device("meta"):
+                self.bare = type(self.bare)(copy.deepcopy(self.config)).eval()
         if not self.config.architectures:  # a .gguf file tells none, and other programs choose by it
             self.config.architectures = [type(self.bare).__name__]
         self.native = type(self.bare).__module__.startswith("transformers.")
@@ -148,8 +155,17 @@ class Source:
         """Return the names of all tensors, as the files have them."""
         return list(self._stored)
 
+    @functools.cached_property
+    def _replaced(self):
+        """{name in the file: the edit's name of it}"""
+        return {name_in(self._stored, name, self.bare): name for name in self.edit.tensors}
+
     def tensor(self, name):
-        """Return one tensor, on the CPU."""
+        """Return one tensor, on the CPU: the edit's, where it replaces this one."""
+        if name in self._replaced:
+            tensor = self.edit.load(self._replaced[name]).cpu()
+            check_shape(name, tensor, self._stored[name].shape)
+            return tensor.to(self.dtype or self._stored[name].dtype)
         with readable(self.path, "weights"):
             tensor = self._stored[name].load()
         return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor

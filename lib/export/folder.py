@@ -34,6 +34,7 @@ WRITTEN = (  # all that an export may consist of
     "README.md",
     "config.json",
     "generation_config.json",
+    "laco.json",
     "model.gguf",
     "*.py",
     "model.safetensors",
@@ -184,6 +185,8 @@ def card(source, info, how_to_load):
     lines += [f"# {Path(info['base_model']).stem} without {n} of its blocks", ""]
     metric, kind = search.get("metric", "ppl"), search.get("block_type", "mix")
     found = "found by BlockPruner" if (metric, kind) == ("ppl", "mix") else f"chosen by {metric}, block type {kind}"
+    if "edit" in info:
+        found = f"by {info['edit'].get('method', 'an edit')}, which changes weights of the others, too"
     lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, {found}:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
     if "pruned_before" in info:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from lib.edits import check_shape
 from lib.export.checkpoint import check_space, verify
 from lib.export.decilm import check_attention, check_family, head_size
 from lib.export.gguf_vocab import vocabulary
@@ -63,7 +64,8 @@ class Model(NamedTuple):
 
 def as_gguf(source, removed, info):
     """One file, model.gguf; a format of lib.export.FORMATS."""
-    pruned = prune(read_gguf(source.path) if source.gguf else from_checkpoint(source, removed), removed)
+    model = replaced(read_gguf(source.path), source.edit) if source.gguf else from_checkpoint(source, removed)
+    pruned = prune(model, removed)
 
     def write(folder):
         save_gguf(folder / "model.gguf", pruned, info)
@@ -151,6 +153,46 @@ def read_gguf(path):
     model = Model(fields["general.architecture"].value, fields, tensors)
     _check_file(path, model, reader)
     return model
+
+
+def replaced(model, edit):
+    """Return the Model of a file with an Edit's tensors, each encoded as the file has the one that it replaces.
+
+    Raises ValueError, naming the tensor, for one that the file has not, and for a type that the package gguf decodes
+    only, such as Q4_K. Encoding rounds: the file's values are those of its type nearest to the edit's.
+    """
+    import gguf
+    import numpy as np
+
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, model.arch.upper()), model.get("block_count"))
+    tensors, heads = dict(model.tensors), model.get("attention.head_count")
+    for name in edit.tensors:
+        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new not in tensors:
+            raise ValueError(
+                f"format gguf: the edit replaces {name}, which a file of {model.arch} has not; use format hf"
+            )
+        old = tensors[new]
+        try:
+            gguf.quantize(np.zeros((1, 256), "float32"), old.type)
+        except NotImplementedError:
+            raise ValueError(
+                f"format gguf: the edit replaces {name}, and nothing here encodes the file's {old.type.name}; "
+                "give a file of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, F16 or BF16, or use format stock or hf"
+            ) from None
+        dense = Tensor(
+            (), "float32", gguf.GGMLQuantizationType.F32, lambda name=name: edit.load(name).float().cpu().numpy()
+        )
+        if model.arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
+            dense = interleaved(dense, heads if "attn_q" in new else model.get("attention.head_count_kv", heads))
+
+        def load(name=name, dense=dense, old=old):
+            data = gguf.quantize(np.ascontiguousarray(dense.load()), old.type).view(old.dtype)
+            check_shape(name, data, old.shape)
+            return data
+
+        tensors[new] = old._replace(load=load)
+    return model._replace(tensors=tensors)
 
 
 def read_info(path):

@@ -9,6 +9,7 @@ along ("hf"). A format is a file of this folder and a row of FORMATS.
 """
 
 from lib.decoder import block_parameters
+from lib.edits import Edit
 from lib.export.checkpoint import Source
 from lib.export.decilm import as_decilm
 from lib.export.folder import base_name, card, check_target, complete_or_nothing, copy_small_files, pruned_before
@@ -46,7 +47,7 @@ SEARCH_KEYS = (  # what of an order's meta goes into the export
 
 def export(
     path,
-    removed,
+    edit,
     folder,
     format="auto",
     compute_dtype=None,
@@ -57,15 +58,17 @@ def export(
     versions=(),
     evaluated=None,
 ):
-    """Write the model at `path` without the blocks `removed` to `folder`; return what was written, as a dict.
+    """Write the model at `path`, changed by `edit`, to `folder`; return what was written, as a dict.
 
-    path, compute_dtype, trust_remote_code: as in lib.export.checkpoint.Source. removed: blocks in the order of their
-    removal. format: "auto" or a key of FORMATS. meta: the order file's; versions, evaluated: dicts for
-    the configuration's pruning_info. Everything is written beside `folder` and renamed when complete.
+    path, compute_dtype, trust_remote_code: as in lib.export.checkpoint.Source. edit: an Edit, or just the blocks that
+    are removed, in the order of their removal. format: "auto" or a key of FORMATS. meta: the order file's; versions,
+    evaluated: dicts for the configuration's pruning_info. Everything is written beside `folder` and renamed when
+    complete.
     Raises ValueError, one line, for everything a user can mend; then nothing is left behind.
     """
     check_target(folder, path, overwrite)
-    source = Source(path, compute_dtype, trust_remote_code)
+    edit = edit if isinstance(edit, Edit) else Edit(tuple(edit))
+    source, removed = Source(path, compute_dtype, trust_remote_code, edit), edit.removed
     check_order(removed, source.n_layers, "the order")
     format = choose(source, removed) if format == "auto" else format
     if format == "gguf" and source.gguf and compute_dtype:
@@ -86,6 +89,8 @@ def export(
         "evaluated": evaluated,
         "versions": dict(versions),
     }
+    if edit.about:
+        info["edit"] = dict(edit.about)
     if before := pruned_before(source):
         info["pruned_before"] = before
     write, how_to_load = FORMATS[format](source, removed, info)
