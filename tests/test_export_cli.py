@@ -236,6 +236,27 @@ def test_a_gguf_file_becomes_a_pruned_checkpoint(toy_folder, write, tmp_path):
     assert config["architectures"] == ["LlamaForCausalLM"], "other programs choose by it"
 
 
+@pytest.mark.parametrize("script", ("stock", "gguf", "eval", "laco"))
+def test_a_gguf_file_is_parsed_once_a_command(script, write, call, evaluate, toy_folder, text, tmp_path, monkeypatch):
+    reader = pytest.importorskip("gguf.gguf_reader").GGUFReader
+    path, parsed, init = tmp_path / "model.gguf", [], reader.__init__
+    write_gguf(path, AutoModelForCausalLM.from_pretrained(toy_folder(vocab_size=257, num_key_value_heads=4)))
+    monkeypatch.setattr(reader, "__init__", lambda self, *args: parsed.append(args) or init(self, *args))
+    if script == "eval":
+        assert evaluate(model_path=path).code == 0
+    elif script == "laco":
+        from command_line import SMALL
+
+        from scripts import laco
+
+        given = {**SMALL, "model_path": path, "cal_dataset": text, "output_dir": tmp_path / "out"}
+        assert call(laco.main, *flags(**given, del_layer_num=1)).code == 0
+    else:
+        run = write(model_path=path, format=script, del_block_num=0 if script == "stock" else 3)
+        assert run.code == 0, run
+    assert len(parsed) == 1
+
+
 def test_eval_exports_what_it_has_measured(evaluate, write, order, toy_folder, tmp_path):
     run = evaluate(ppl_search_file=order, del_block_num=3, export_path=tmp_path / "short")
     assert run.code == 0, run

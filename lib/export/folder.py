@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.export.gguf import read_info
 from lib.hub import locate
-from lib.model import quiet, readable
+from lib.model import gguf_reader, parsed_once, quiet, readable
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -126,7 +126,7 @@ def _write_tokenizer(source, folder):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         return backend.to_str() if backend else type(tokenizer), tokenizer.special_tokens_map
 
-    with readable(source.path, "tokenizer"), quiet():
+    with readable(source.path, "tokenizer"), quiet(), parsed_once():
         where, gguf = locate(source.path)
         kwargs = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **kwargs)
@@ -218,9 +218,7 @@ def in_python(arguments):
 def _licence(source):
     """Return the licence fields of a .gguf file's metadata, else of the YAML header of the base's card."""
     if source.gguf:
-        from gguf import GGUFReader
-
-        field = GGUFReader(source.path).fields.get("general.license")
+        field = gguf_reader(source.path).fields.get("general.license")
         return {"license": field.contents()} if field else {}
     import yaml
     from huggingface_hub.repocard import metadata_load

@@ -25,7 +25,7 @@ from lib.export.checkpoint import check_space, verify
 from lib.export.decilm import check_attention, check_family, head_size
 from lib.export.gguf_vocab import vocabulary
 from lib.export.layers import places, repack
-from lib.model import load_tokenizer, readable
+from lib.model import gguf_reader, load_tokenizer, readable
 
 ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' model_type -> llama.cpp's name
 IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
@@ -140,7 +140,7 @@ def read_gguf(path):
     import gguf
 
     with readable(path, "gguf"):
-        reader = gguf.GGUFReader(path)
+        reader = gguf_reader(path)
         array = gguf.GGUFValueType.ARRAY
         fields = {
             key: gguf.GGUFValue(field.contents(), field.types[0], field.types[-1] if field.types[0] == array else None)
@@ -197,10 +197,8 @@ def replaced(model, edit):
 
 def read_info(path):
     """Return the pruning_info of an exported file; raise ValueError where it has none."""
-    import gguf
-
     with readable(path, "gguf"):
-        field = gguf.GGUFReader(path).get_field("pruning_info")
+        field = gguf_reader(path).get_field("pruning_info")
         info = json.loads(field.contents()) if field else None
     if info is None:
         raise ValueError(f"{path}: has no pruning_info; give a model.gguf of format gguf")
