@@ -346,7 +346,7 @@ def _find_parts(layer, row):
     The owner is the layer, or in a pruned export one of the steps that a layer chains.
     """
     parts = []
-    for owner in getattr(layer, "steps", [layer]):
+    for owner in layer.steps.children() if hasattr(layer, "steps") else [layer]:
 
         def present(names, owner=owner):
             return [(name, getattr(owner, name)) for name in names if getattr(owner, name, None) is not None]

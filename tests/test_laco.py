@@ -235,7 +235,7 @@ def test_a_quantised_files_merged_tensors_are_encoded_as_the_file_has_them(tmp_p
     monkey = model.tensors["blk.1.attn_output.weight"]._replace(type=k_quant)
     from lib.export.gguf import replaced as in_file
 
-    with pytest.raises(ValueError, match="nothing here encodes Q4_K"):
+    with pytest.raises(ValueError, match="nothing here encodes the file.s Q4_K"):
         in_file(
             model._replace(tensors={**model.tensors, "blk.1.attn_output.weight": monkey}), Edit(tensors={name: new})
         )
