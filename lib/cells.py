@@ -263,10 +263,10 @@ def weights_of(bench, cell):
     """Return a context in which the model has the weights of a cell: other ones where layers are merged."""
     if not cell.get("merged"):
         return contextlib.nullcontext()
-    from lib import laco
+    from lib import edits, laco
 
     layers = [laco.Merged(base, tuple(map(tuple, weights))) for base, weights in cell["merged"]]
-    return laco.applied(bench.decoder, layers)
+    return edits.replaced(bench.decoder, laco.edit(bench.decoder, layers))
 
 
 class Printer:

@@ -215,12 +215,13 @@ class Decoder:
     @contextlib.contextmanager
     def _layer_masked(self, i, kinds):
         swaps = self._swaps(i, kinds) if kinds else ()
+        before = [owner._modules[name] for owner, name, _, _ in swaps]  # a stand-in already, where masks are nested
         try:
             for owner, name, _, stand_in in swaps:
                 owner._modules[name] = stand_in  # setattr's checks cost more than a small layer
             yield
         finally:
-            for owner, name, module, _ in swaps:
+            for (owner, name, _, _), module in zip(swaps, before, strict=True):
                 owner._modules[name] = module
 
     # ---- bridging the layers ---------------------------------------------------------------------
@@ -345,7 +346,7 @@ def _find_parts(layer, row):
     The owner is the layer, or in a pruned export one of the steps that a layer chains.
     """
     parts = []
-    for owner in getattr(layer, "steps", [layer]):
+    for owner in layer.steps.children() if hasattr(layer, "steps") else [layer]:
 
         def present(names, owner=owner):
             return [(name, getattr(owner, name)) for name in names if getattr(owner, name, None) is not None]

@@ -9,23 +9,20 @@ are merged (attention and MLP, weights and biases); norms stay the lowest layer'
                 subtracts the sum so far in place of theta_l
 
     collapsed = collapse(decoder, windows, merge=4, remove=6)
-    write(decoder, collapsed, "pruned", record={})
+    export(path, edit(decoder, collapsed.layers), "merged", "stock")
 """
 
 import contextlib
+import functools
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from lib.blocks import KINDS, Block
-from lib.export.folder import complete_or_nothing
-from lib.export.layers import Layer
-from lib.export.write import reindexed
-from lib.files import write_json
+from lib.blocks import KINDS, Block, blocks_of
+from lib.edits import Edit, holding
 from lib.importance import check_weights
-from lib.model import quiet
 
 HALVINGS = 12  # of the threshold's range, to 0.0005; each costs only states not compared before
 
@@ -154,16 +151,6 @@ def check_mergeable(decoder):
         )
 
 
-def check_writable(decoder):
-    """Raise ValueError where a stock checkpoint cannot hold the collapsed model: it has no code of its own."""
-    if not type(decoder.model).__module__.startswith("transformers."):
-        name = type(decoder.layers[0]).__name__
-        raise ValueError(
-            f"LaCo: {name} is code of the checkpoint's own, and a stock checkpoint has none; scripts.compare measures "
-            "the merged model without writing it"
-        )
-
-
 def projections(decoder, i):
     """Return [(name, parameter)] of the linear modules in layer i's attention and MLP."""
     from transformers.pytorch_utils import Conv1D
@@ -176,76 +163,20 @@ def projections(decoder, i):
     return found
 
 
-def write(decoder, collapsed, folder, tokenizer=None, record=None):
-    """Change the model into the collapsed one and write it, a stock checkpoint and laco.json, to `folder`.
+def edit(decoder, layers, about=()):
+    """Return the Edit that makes a model the one of these layers (a Collapsed's); about: what else it is to say.
 
-    The decoder is used up. What `folder` held is replaced. record: what else laco.json is to say.
-    Everything is written beside `folder` and renamed after a reload has given the collapsed model's
-    own logits; raises ValueError and leaves nothing where it does not.
+    The sums are added up when they are asked for, from the weights that the model has now.
     """
-    from transformers import AutoModelForCausalLM
-
-    check_writable(decoder)
-    model, L = decoder.model, decoder.n_layers
-    ids = torch.arange(16, device=decoder.input_device).unsqueeze(0) % model.config.vocab_size
-    stream = decoder.embed(ids)
-    expected = decoder.head(_run(decoder, stream, collapsed.layers, stream.h)[0]).float().cpu()
-    dense = sum(p.numel() for p in model.parameters())
-    for layer, tensors in [(layer, _weights(decoder, layer)) for layer in collapsed.layers]:
-        for (_, p), tensor in zip(projections(decoder, layer.base), tensors, strict=True):
-            p.data = tensor.to(p.device)
-    for module in model.modules():
-        for name, child in list(module.named_children()):
-            if child is decoder.layers:
-                setattr(module, name, nn.ModuleList([decoder.layers[layer.base] for layer in collapsed.layers]))
-    config = model.config
-    for field, value in reindexed(config, L, [Layer(layer.base, layer.base) for layer in collapsed.layers]).items():
-        setattr(config, field, value)
-    if hasattr(config, "quantization_config"):  # of a .gguf file; the weights are dense now
-        del config.quantization_config
-        model.hf_quantizer = None
-    parameters = sum(p.numel() for p in model.parameters())
-    with complete_or_nothing(folder) as temporary:
-        with quiet():
-            model.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write_json(
-            temporary / "laco.json",
-            (record or {})
-            | {
-                "dense_parameters": dense,
-                "parameters": parameters,
-                "removed_percent": 100 * (1 - parameters / dense),
-                "dense_layers": L,
-                "layers": [[layer.base, list(map(list, layer.weights))] for layer in collapsed.layers],
-                "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
-                "threshold": collapsed.threshold,
-            },
-        )
-        spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # as it was over several GPUs
-        where = "auto" if spread else decoder.input_device
-        with quiet():
-            again = AutoModelForCausalLM.from_pretrained(temporary, dtype=model.dtype, device_map=where).eval()
-        with torch.inference_mode():
-            found = again(input_ids=ids, use_cache=False).logits[0].float().cpu()
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
-            raise ValueError(
-                f"LaCo: {type(model).__name__} with {len(collapsed.layers)} layers does not compute what its merged "
-                "layers compute (a layer that depends on its number); take another method for this family"
-            )
-
-
-@contextlib.contextmanager
-def applied(decoder, layers):
-    """Within this context the decoder has the weights of the collapsed model; yields the layers that are then to be
-    masked, those merged into others. layers: of a Collapsed. Nothing is copied but the merged weights.
-    """
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(_replaced(decoder, layer))
-        kept = {layer.base for layer in layers}
-        yield [Block("layer", i) for i in range(decoder.n_layers) if i not in kept]
+    names = {id(p): name for name, p in decoder.model.named_parameters()}
+    tensors, kept = {}, {layer.base for layer in layers}
+    for layer in layers:
+        if layer.weights != ((layer.base, 1),):
+            targets = [names[id(p)] for _, p in projections(decoder, layer.base)]
+            tensors |= zip(targets, _sums(decoder, layer), strict=True)
+    removed = blocks_of(Block("layer", i) for i in range(decoder.n_layers) if i not in kept)
+    how = {"layers": [[layer.base, [list(part) for part in layer.weights]] for layer in layers]}
+    return Edit(tuple(removed), tensors, about={"method": "laco", **dict(about), **how})
 
 
 def _similarity(decoder, windows, batch_size, progress):
@@ -286,27 +217,24 @@ def _run(decoder, stream, layers, h):
 @contextlib.contextmanager
 def _replaced(decoder, layer):
     """Within this context the layer `layer.base` has its merged weights."""
-    parameters = [p for _, p in projections(decoder, layer.base)]
-    before = [p.data for p in parameters]
-    try:
-        for p, tensor in zip(parameters, _weights(decoder, layer), strict=True):
-            p.data = tensor.to(p.device)  # of several GPUs the layer's own
-        yield
-    finally:
-        for p, tensor in zip(parameters, before, strict=True):
-            p.data = tensor
-
-
-def _weights(decoder, layer):
-    """Return the tensors of a Merged layer's projections, added up in float32 or better."""
     if layer.weights == ((layer.base, 1),):
-        return [p.data for _, p in projections(decoder, layer.base)]
+        yield
+        return
+    parameters = [p for _, p in projections(decoder, layer.base)]
+    with holding([(p, load()) for p, load in zip(parameters, _sums(decoder, layer), strict=True)]):
+        yield
+
+
+def _sums(decoder, layer):
+    """Return for each tensor of a Merged layer's projections the function that adds it up."""
     parts = [(factor, [p.data for _, p in projections(decoder, i)]) for i, factor in layer.weights]
-    sums = []
-    for k, like in enumerate(parts[0][1]):
-        total = sum(
-            factor * tensors[k].to(like.device, torch.promote_types(like.dtype, torch.float32))
-            for factor, tensors in parts
-        )
-        sums.append(total.to(like.dtype))
-    return sums
+    return [
+        functools.partial(_sum, [(factor, tensors[k]) for factor, tensors in parts]) for k in range(len(parts[0][1]))
+    ]
+
+
+def _sum(parts):
+    """Return the sum of factor * tensor in float32 or better, in the dtype of the first."""
+    like = parts[0][1]
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return sum(factor * tensor.to(like.device, wide) for factor, tensor in parts).to(like.dtype)

@@ -52,7 +52,7 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
     if gguf:
         kwargs |= {"gguf_file": gguf, **_dequantise()}
     kwargs["config"] = load_config(path, trust_remote_code)
-    with readable(path, "weights"), quiet():
+    with readable(path, "weights"), quiet(), parsed_once():
         model, info = AutoModelForCausalLM.from_pretrained(where, **kwargs)
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
@@ -112,7 +112,37 @@ def _gguf_config(path, modified):
     from transformers import AutoConfig
 
     where, gguf = locate(path)
-    return AutoConfig.from_pretrained(where, gguf_file=gguf)
+    with parsed_once():
+        return AutoConfig.from_pretrained(where, gguf_file=gguf)
+
+
+def gguf_reader(path):
+    """Return gguf's reader of a .gguf file, which is parsed once while it stays the same: that takes seconds."""
+    path = Path(path).expanduser().resolve()
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(path, modified):
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(path)
+
+
+@contextlib.contextmanager
+def parsed_once():
+    """Within this context transformers, which asks for a reader for configuration, tokenizer and weights, gets one."""
+    try:
+        import gguf
+    except ImportError:  # then no .gguf file is read either
+        yield
+        return
+    before = gguf.GGUFReader
+    gguf.GGUFReader = gguf_reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = before
 
 
 def load_tokenizer(path, trust_remote_code=False):
@@ -120,7 +150,7 @@ def load_tokenizer(path, trust_remote_code=False):
     from transformers import AutoTokenizer
 
     where, gguf = locate(path)
-    with readable(path, "tokenizer"), quiet():
+    with readable(path, "tokenizer"), quiet(), parsed_once():
         kwargs = {"gguf_file": gguf} if gguf else {}
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **kwargs)
     # The text is tokenized once and then cut; the tokenizer's own limit would only print a warning.

@@ -12,14 +12,7 @@ def parse_args(argv=None):
     parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised, but for gguf)")
     flags.add_removal_flags(parser, required=True)
     parser.add_argument("--output-dir", help="folder of the new checkpoint; made when missing")
-    parser.add_argument(
-        "--format",
-        default="auto",
-        choices=("auto", "stock", "hf", "decilm", "gguf", "zeroed"),
-        help="stock: plain checkpoint with fewer layers; hf: brings a modeling file; "
-        "auto: stock, else hf; decilm: for vLLM, SGLang and mlx-lm; gguf: for llama.cpp, "
-        "a .gguf file's weights as they are; zeroed: full size, for comparison",
-    )
+    add_format_flag(parser, "auto")
     parser.add_argument(
         "--compute-dtype",
         choices=flags.DTYPES,
@@ -33,6 +26,17 @@ def parse_args(argv=None):
         if not value:
             parser.error(f"{flag} is missing")
     return parser, args
+
+
+def add_format_flag(parser, default):
+    parser.add_argument(
+        "--format",
+        default=default,
+        choices=("auto", "stock", "hf", "decilm", "gguf", "zeroed"),
+        help="stock: plain checkpoint with fewer layers; hf: brings a modeling file; "
+        "auto: stock, else hf; decilm: for vLLM, SGLang and mlx-lm; gguf: for llama.cpp, "
+        "a .gguf file's weights as they are; zeroed: full size, for comparison",
+    )
 
 
 def main(argv=None):
@@ -53,10 +57,10 @@ def main(argv=None):
             args.output_dir,
             args.format,
             args.compute_dtype,
-            args.overwrite,
-            args.trust_remote_code,
-            meta,
-            flags.versions(),
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+            meta=meta,
+            versions=flags.versions(),
         )
     flags.warn_of_order(args, meta, removed)
     print(f"model         {args.model_path}: {result['dense_parameters']:,} parameters")

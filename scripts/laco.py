@@ -1,7 +1,7 @@
 """Prune a model by LaCo: merge layers into one another until a threshold, or as many as wanted, and write a checkpoint.
 
-The result is an ordinary checkpoint with fewer layers, with laco.json beside the weights: which layers
-were merged, at which similarity. Any runtime loads it; eval.py measures it like any model.
+The result is an ordinary checkpoint with fewer layers, or another --format of scripts.export, with laco.json beside the
+weights: which layers were merged, at which similarity. Any runtime loads it; eval.py measures it like any model.
 
     python -m scripts.laco --model-path models/Llama-2-7b-hf --target-ratio 0.2 --output-dir Llama-2-7b-laco
     python eval.py --model-path Llama-2-7b-laco
@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 from scripts import flags
+from scripts.export import add_format_flag
 
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     flags.add_model_flags(parser)
     parser.add_argument("--output-dir", default=None, help="folder of the checkpoint; made when missing")
+    add_format_flag(parser, "stock")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
         "--threshold",
@@ -50,7 +52,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--cal-nsamples", type=flags.positive, default=8, help="documents to draw (not windows)")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint of this script")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in the folder")
     args = parser.parse_args(argv)
     if not args.model_path:
         parser.error("--model-path is missing: give a hub id, a local folder or a .gguf file")
@@ -66,21 +68,22 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib.decoder import Decoder
+    from lib.edits import applied
     from lib.evaluate import perplexity, window_losses
-    from lib.files import to_json
-    from lib.laco import check_mergeable, check_writable, collapse, write
+    from lib.export.write import export
+    from lib.files import to_json, write_json
+    from lib.laco import check_mergeable, collapse, edit
     from lib.model import default_device, load_model, load_tokenizer, parameter_count
 
     args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
-        remove, merge = check(args)
+        remove, merge = layers_to_remove(args)
         tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
         corpus, _, windows = flags.read_windows(args, tokenizer)
         model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
         flags.check_tokens(windows, model)
         decoder = Decoder(model)
         check_mergeable(decoder)
-        check_writable(decoder)
     L, total = decoder.n_layers, parameter_count(model)
     print(f"model         {args.model_path}: {total:,} parameters, {L} layers, {args.device}, {args.compute_dtype}")
     print(
@@ -110,11 +113,9 @@ def main(argv=None):
         seconds = time.perf_counter() - start
         for place, similarity in collapsed.merges:
             print(f"merged        layers {place}..{place + merge - 1} of what was there, similarity {similarity:.4f}")
-        write(
+        merged = edit(
             decoder,
-            collapsed,
-            args.output_dir,
-            tokenizer,
+            collapsed.layers,
             {
                 "model": args.model_path,
                 "variant": args.variant,
@@ -133,24 +134,39 @@ def main(argv=None):
                 "device": args.device,
                 "comparisons": len(compared),
                 "seconds": seconds,
-                "versions": flags.versions(),
+                "dense_layers": L,
+                "merges": [{"layer": place, "similarity": s} for place, s in collapsed.merges],
+                "threshold": collapsed.threshold,
             },
         )
-    short = Decoder(model)
-    after = perplexity(window_losses(short, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
-    removed = 100 * (1 - parameter_count(model) / total)
+        with applied(decoder, merged):
+            after = perplexity(window_losses(decoder, windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
+        written = export(
+            args.model_path,
+            merged,
+            args.output_dir,
+            args.format,
+            stored_dtype(args),
+            overwrite=args.overwrite,
+            trust_remote_code=args.trust_remote_code,
+            versions=flags.versions(),
+            evaluated={"dataset": args.cal_dataset, "dense_perplexity": dense, "perplexity": after},
+        )
+    sizes = ("versions", "dense_parameters", "parameters", "removed_percent")
+    write_json(Path(args.output_dir).expanduser() / "laco.json", written["edit"] | {key: written[key] for key in sizes})
     print(f"perplexity    {dense:.4f} -> {after:.4f} on the calibration text")
     print(
-        f"size          {L} -> {short.n_layers} layers, removed {removed:.2f} %, {len(compared)} comparisons in "
-        f"{seconds:.1f} s -> {args.output_dir}"
+        f"size          {L} -> {len(collapsed.layers)} layers, removed {written['removed_percent']:.2f} %, "
+        f"{len(compared)} comparisons in {seconds:.1f} s -> {args.output_dir}, format {written['format']}"
     )
     print(
         to_json(
             {
                 "checkpoint": str(args.output_dir),
-                "layers": short.n_layers,
+                "format": written["format"],
+                "layers": len(collapsed.layers),
                 "dense_layers": L,
-                "removed_percent": removed,
+                "removed_percent": written["removed_percent"],
                 "threshold": collapsed.threshold,
                 "merges": collapsed.merges,
                 "dense_perplexity": dense,
@@ -161,20 +177,23 @@ def main(argv=None):
     )
 
 
-def check(args):
-    """Raise ValueError for what flags and configuration tell; return (layers to remove or None, layers a merge)."""
+def stored_dtype(args):
+    """Return the dtype of the new weights; a .gguf file's own where it stays one."""
+    return None if args.format == "gguf" and args.model_path.endswith(".gguf") else args.compute_dtype
+
+
+def layers_to_remove(args):
+    """Return (layers to remove or None, layers a merge); raise ValueError for what flags and files already tell."""
     from lib.candidates import candidates
     from lib.decoder import find_layers
+    from lib.export.checkpoint import Source
+    from lib.export.folder import check_target
+    from lib.export.write import FORMATS
     from lib.laco import check_range, merge_sizes
     from lib.model import parameter_count
 
     flags.check_folder(args.output_dir, "--output-dir")
-    folder = Path(args.output_dir).expanduser()
-    if folder.is_dir() and any(folder.iterdir()):
-        if not args.overwrite:
-            raise ValueError(f"--output-dir {folder}: is not empty; pass --overwrite to replace an earlier checkpoint")
-        if not (folder / "laco.json").is_file():
-            raise ValueError(f"--output-dir {folder}: holds something else than this script's checkpoint; give another")
+    check_target(args.output_dir, args.model_path, args.overwrite)
     bare = flags.check_search(args)
     layers = find_layers(bare)
     highest = len(layers) if args.highest is None else args.highest
@@ -186,6 +205,8 @@ def check(args):
     if args.target_ratio is not None:
         remove += -remove % (merge - 1)
     check_range(len(layers), merge, args.lowest, highest, remove)
+    if args.format != "auto" and not args.model_path.endswith(".gguf"):  # of the dense model, nothing is written
+        FORMATS[args.format](Source(args.model_path, stored_dtype(args), args.trust_remote_code), (), {})
     return remove, merge
 
 

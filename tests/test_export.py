@@ -18,7 +18,8 @@ from lib.blocks import Block
 from lib.decoder import Decoder
 from lib.export import modeling_blockpruned as modeling
 from lib.export.checkpoint import Source, write_shards
-from lib.export.write import FORMATS, Layer, export, repack
+from lib.export.layers import Layer, repack
+from lib.export.write import FORMATS, export
 
 IDS = torch.randint(V, (2, 24), generator=torch.Generator().manual_seed(3))
 ON_STREAM = {"opt-post-norm", "bloom-post-norm"}  # norms of the stream itself: zero weights are not enough

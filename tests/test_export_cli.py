@@ -13,8 +13,8 @@ from families import toy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+import lib.export.checkpoint
 import lib.export.folder
-import lib.export.write
 from lib.blocks import Block
 from lib.decoder import Decoder
 from lib.orders import read_order, save_order
@@ -236,6 +236,27 @@ def test_a_gguf_file_becomes_a_pruned_checkpoint(toy_folder, write, tmp_path):
     assert config["architectures"] == ["LlamaForCausalLM"], "other programs choose by it"
 
 
+@pytest.mark.parametrize("script", ("stock", "gguf", "eval", "laco"))
+def test_a_gguf_file_is_parsed_once_a_command(script, write, call, evaluate, toy_folder, text, tmp_path, monkeypatch):
+    reader = pytest.importorskip("gguf.gguf_reader").GGUFReader
+    path, parsed, init = tmp_path / "model.gguf", [], reader.__init__
+    write_gguf(path, AutoModelForCausalLM.from_pretrained(toy_folder(vocab_size=257, num_key_value_heads=4)))
+    monkeypatch.setattr(reader, "__init__", lambda self, *args: parsed.append(args) or init(self, *args))
+    if script == "eval":
+        assert evaluate(model_path=path).code == 0
+    elif script == "laco":
+        from command_line import SMALL
+
+        from scripts import laco
+
+        given = {**SMALL, "model_path": path, "cal_dataset": text, "output_dir": tmp_path / "out"}
+        assert call(laco.main, *flags(**given, del_layer_num=1)).code == 0
+    else:
+        run = write(model_path=path, format=script, del_block_num=0 if script == "stock" else 3)
+        assert run.code == 0, run
+    assert len(parsed) == 1
+
+
 def test_eval_exports_what_it_has_measured(evaluate, write, order, toy_folder, tmp_path):
     run = evaluate(ppl_search_file=order, del_block_num=3, export_path=tmp_path / "short")
     assert run.code == 0, run
@@ -258,7 +279,7 @@ def test_what_was_measured_is_not_lost_with_the_export(evaluate, order, monkeypa
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lib.export.write, "write_shards", full)
+    monkeypatch.setattr(lib.export.checkpoint, "write_shards", full)
     given = dict(ppl_search_file=order, del_block_num=3, output_path=tmp_path / "result.json")
     run = evaluate(export_path=tmp_path / "out", **given)
     assert run.code == 2 and run.err.count("\n") == 1 and "No space left on device; nothing was left" in run.err
@@ -331,7 +352,7 @@ def test_a_target_that_is_taken_is_refused(refuses, write, toy_folder, text, tmp
     out = tmp_path / "out"
     out.mkdir()
     assert write().code == 0, "an empty folder is free"
-    refuses(str(out), "not empty", "--overwrite")
+    refuses(str(out), "not empty", "overwrite")
     assert write(overwrite=True, del_block_num=1).result["removed"] == ["mlp1"]
     assert json.loads((out / "config.json").read_text())["pruning_info"]["removed"] == ["mlp1"]
     refuses("--output-dir", "not a folder", output_dir=text)
@@ -393,7 +414,7 @@ def test_an_interrupted_export_leaves_the_old_one(write, monkeypatch, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lib.export.write, "_save_config", interrupted)  # the last thing written
+    monkeypatch.setattr("lib.export.checkpoint.config_json", interrupted)  # the last thing written
     with pytest.raises(KeyboardInterrupt):
         write(overwrite=True)
     assert tree(tmp_path) == before
@@ -403,7 +424,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused_before_weights_are_written(r
     def written(*args):
         raise AssertionError("weights were written")
 
-    monkeypatch.setattr(lib.export.write, "write_shards", written)
+    monkeypatch.setattr(lib.export.checkpoint, "write_shards", written)
     refuses("tokenizer", model_path=damaged("tokenizer.json", lambda b: b"{}"))
 
 

@@ -226,13 +226,13 @@ def test_transformers_itself_refuses_the_checkpoint(toy_folder, tmp_path):
 @pytest.mark.parametrize(
     "name, overrides, removed, says",
     (
-        ("gemma2", {}, "mlp1", ("gemma2", "llama, mistral, qwen2", "--format hf")),
-        ("qwen3", {}, "mlp1", ("qwen3", "llama, mistral, qwen2", "--format hf")),
-        ("mistral", {}, "mlp1", ("sliding window of 8", "--format hf")),
-        ("llama", {"head_dim": 16}, "mlp1", ("4 heads of 16", "hidden size 32", "--format gguf or hf")),
-        ("llama-bias", {}, "mlp1", ("MLPs have biases", "--format gguf or hf")),
-        ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "--format hf")),
-        ("llama", {}, "mha0 mha1 mha2", ("no attention is left", "--format zeroed")),
+        ("gemma2", {}, "mlp1", ("gemma2", "llama, mistral, qwen2", "format hf")),
+        ("qwen3", {}, "mlp1", ("qwen3", "llama, mistral, qwen2", "format hf")),
+        ("mistral", {}, "mlp1", ("sliding window of 8", "format hf")),
+        ("llama", {"head_dim": 16}, "mlp1", ("4 heads of 16", "hidden size 32", "format gguf or hf")),
+        ("llama-bias", {}, "mlp1", ("MLPs have biases", "format gguf or hf")),
+        ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "format hf")),
+        ("llama", {}, "mha0 mha1 mha2", ("no attention is left", "format zeroed")),
     ),
 )
 def test_what_these_runtimes_would_run_differently_is_refused(toy_folder, tmp_path, name, overrides, removed, says):

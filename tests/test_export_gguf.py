@@ -211,7 +211,7 @@ def test_one_command_makes_a_file_that_llama_cpp_loads(call, folder, tmp_path):
     assert run.code == 0 and run.result["format"] == "gguf" and run.result["removed"] == ["mha1", "mlp2"]
     assert_same(tmp_path / "out" / "model.gguf", folder(), "mha1 mlp2")
     run = call(script.main, *flags(model_path=folder("gemma"), del_block_num=2, overwrite=True, **given))
-    assert_refused(run, "gemma", "llama, mistral, qwen2", "--format hf")
+    assert_refused(run, "gemma", "llama, mistral, qwen2", "format hf")
     assert read_info(tmp_path / "out" / "model.gguf")["removed"] == ["mha1", "mlp2"]
 
 
@@ -408,12 +408,12 @@ def refused(folder, tmp_path, *says, removed="mlp1", **options):
 @pytest.mark.parametrize(
     "name, overrides, says",
     (
-        ("gemma", {}, ("gemma", "llama, mistral, qwen2", "--format hf")),
-        ("qwen3", {}, ("qwen3", "llama, mistral, qwen2", "--format hf")),
-        ("mistral", {}, ("sliding window of 8", "--format hf")),
-        ("qwen2-sliding", {}, ("attention 1 has a sliding window of 8", "--format hf")),
-        ("llama", {"hidden_act": "gelu"}, ("activation is gelu", "--format hf")),
-        ("llama", {"rope_parameters": YARN}, ("yarn", "default, linear, llama3", "--format hf")),
+        ("gemma", {}, ("gemma", "llama, mistral, qwen2", "format hf")),
+        ("qwen3", {}, ("qwen3", "llama, mistral, qwen2", "format hf")),
+        ("mistral", {}, ("sliding window of 8", "format hf")),
+        ("qwen2-sliding", {}, ("attention 1 has a sliding window of 8", "format hf")),
+        ("llama", {"hidden_act": "gelu"}, ("activation is gelu", "format hf")),
+        ("llama", {"rope_parameters": YARN}, ("yarn", "default, linear, llama3", "format hf")),
     ),
 )
 def test_a_family_that_llama_cpp_would_run_differently_is_refused(folder, tmp_path, name, overrides, says):
@@ -427,7 +427,7 @@ def test_a_sliding_window_that_is_removed_or_never_reached_is_none(folder, tmp_p
 
 
 def test_a_model_without_attention_is_refused(folder, tmp_path):
-    refused(folder(), tmp_path, "no attention is left", "--format zeroed", removed="mha0 mha1 mha2 mha3")
+    refused(folder(), tmp_path, "no attention is left", "format zeroed", removed="mha0 mha1 mha2 mha3")
 
 
 def test_a_dtype_that_gguf_has_not_is_refused(folder, tmp_path):
@@ -436,7 +436,7 @@ def test_a_dtype_that_gguf_has_not_is_refused(folder, tmp_path):
 
 def test_a_dtype_for_a_file_that_is_copied_is_refused(folder, tmp_path):
     source = written(folder(), tmp_path / "dense", "")
-    refused(source, tmp_path, "--compute-dtype fp32", "leave it out", compute_dtype="fp32")
+    refused(source, tmp_path, "compute dtype fp32", "ask for none", compute_dtype="fp32")
 
 
 def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):

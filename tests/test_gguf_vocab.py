@@ -110,4 +110,4 @@ def lower_case():
 def test_a_tokenizer_that_llama_cpp_has_no_equal_of_is_refused(tmp_path, make, says):
     toy("llama", **SHAPE).save_pretrained(tmp_path / "model")
     make().save_pretrained(tmp_path / "model")
-    refused(tmp_path / "model", tmp_path, says, "known are byte-level BPE", "--format hf")
+    refused(tmp_path / "model", tmp_path, says, "known are byte-level BPE", "format hf")

@@ -16,7 +16,9 @@ from families import V, toy
 from safetensors.torch import load_file, save_file
 
 from lib.decoder import Decoder
-from lib.laco import VARIANTS, applied, collapse, write
+from lib.edits import Edit, applied, replaced
+from lib.export.write import export
+from lib.laco import VARIANTS, collapse, edit
 from scripts import angular, laco
 
 WINDOWS = torch.randint(V, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -43,6 +45,13 @@ LINEAR = {
 
 def deep_toy(name="llama", **overrides):
     return toy(name, num_hidden_layers=L, **overrides)
+
+
+def written(decoder, found, folder, format="stock"):
+    """Save the decoder's model, then what it collapses to; return the merged model's folder."""
+    decoder.model.save_pretrained(folder.with_name("dense"))
+    export(folder.with_name("dense"), edit(decoder, found.layers), folder, format)
+    return folder
 
 
 def merge_by_hand(model, name, place, C, variant):
@@ -106,7 +115,7 @@ def test_layers_merge_as_the_paper_and_its_notebook_say(name, threshold, C, inte
     assert [place for place, _ in found.merges] == [place for place, _ in merges] != []
     assert [s for _, s in found.merges] == pytest.approx([s for _, s in merges], rel=1e-5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "not changed yet"
-    write(decoder, found, tmp_path / "short")
+    written(decoder, found, tmp_path / "short")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "short")
     assert again.config.num_hidden_layers == len(found.layers) == L - len(merges) * (C - 1)
     with torch.no_grad():
@@ -133,7 +142,7 @@ def test_layers_keep_what_depends_on_their_place(tmp_path):
     types = ["sliding_attention", "full_attention"] * 4
     decoder = Decoder(toy("gemma2", num_hidden_layers=L, layer_types=types))
     found = collapse(decoder, WINDOWS, 2, remove=3)
-    write(decoder, found, tmp_path / "short")
+    written(decoder, found, tmp_path / "short")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "short")
     assert config.layer_types == [types[layer.base] for layer in found.layers]
 
@@ -141,15 +150,134 @@ def test_layers_keep_what_depends_on_their_place(tmp_path):
 def test_families_without_a_merge_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="MixtralDecoderLayer.*experts"):
         collapse(Decoder(toy("mixtral")), WINDOWS, 2, remove=1)
-    decoder = Decoder(toy("baichuan"))  # can be merged and measured, not written
-    found = collapse(decoder, WINDOWS, 2, remove=1)
-    with pytest.raises(ValueError, match="DecoderLayer is code of the"):
-        write(decoder, found, tmp_path / "short")
     decoder = Decoder(toy("gpt2", scale_attn_by_inverse_layer_idx=True, n_layer=L))
     found = collapse(decoder, WINDOWS, 2, remove=3)
-    with pytest.raises(ValueError, match="GPT2LMHeadModel.*depends on its number"):
-        write(decoder, found, tmp_path / "short")
-    assert tree(tmp_path) == {}
+    with pytest.raises(ValueError, match="GPT2LMHeadModel.*depends on the layer's number.*nearest format is hf"):
+        written(decoder, found, tmp_path / "short")
+    assert not (tmp_path / "short").exists()
+
+
+FORMATS = [("llama", "stock"), ("llama", "hf"), ("llama", "zeroed"), ("gpt-neox", "stock"), ("gpt2", "hf")]
+
+
+@pytest.mark.parametrize("name, format", FORMATS)
+def test_every_format_holds_the_merged_model(name, format, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    own = {"scale_attn_by_inverse_layer_idx": True, "n_layer": L} if name == "gpt2" else {"num_hidden_layers": L}
+    decoder = Decoder(toy(name, **own))
+    found = collapse(decoder, WINDOWS, 3, remove=4)
+    folder = written(decoder, found, tmp_path / "out", format)
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.inference_mode(), applied(decoder, edit(decoder, found.layers)):
+        logits = (model(input_ids=WINDOWS, use_cache=False).logits for model in (again, decoder.model))
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+def test_decilm_holds_the_merged_model(tmp_path, toy_folder):
+    from test_export_decilm import IDS, reference
+
+    folder = toy_folder(num_hidden_layers=L)
+    decoder = Decoder(transformers.AutoModelForCausalLM.from_pretrained(folder).eval())
+    merged = edit(decoder, collapse(decoder, WINDOWS, 3, remove=4).layers)
+    export(folder, merged, tmp_path / "out", "decilm")
+    with torch.inference_mode(), applied(decoder, merged):
+        wanted = decoder.model(torch.tensor([IDS])).logits[0]
+    assert (reference(tmp_path / "out") - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("source", ("folder", "gguf"))
+def test_llama_cpp_runs_the_merged_model(source, tmp_path):
+    from test_export_gguf import IDS, SHAPE, by_llama_cpp, byte_level
+
+    toy("llama", **SHAPE | {"num_hidden_layers": L}).save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    decoder = Decoder(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval())
+    merged = edit(decoder, collapse(decoder, WINDOWS, 3, remove=4).layers)
+    path = tmp_path / "model"
+    if source == "gguf":
+        export(path, [], tmp_path / "dense", "gguf")
+        path = tmp_path / "dense" / "model.gguf"
+    export(path, merged, tmp_path / "out", "gguf")
+    with torch.inference_mode(), applied(decoder, merged):
+        wanted = decoder.model(torch.tensor([IDS])).logits[0].log_softmax(-1)[7:12]
+    assert (by_llama_cpp(tmp_path / "out" / "model.gguf") - wanted).abs().max() < 1e-4
+
+
+def test_a_quantised_files_merged_tensors_are_encoded_as_the_file_has_them(tmp_path):
+    import gguf
+    import numpy as np
+    from test_export_gguf import SHAPE, byte_level, tensors
+
+    from lib.export.gguf import read_gguf, save_gguf
+
+    toy("llama", **SHAPE).save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", [], tmp_path / "dense", "gguf")
+    model = read_gguf(tmp_path / "dense" / "model.gguf")
+    for name in ("blk.1.attn_output.weight", "blk.2.attn_output.weight"):
+        data = gguf.quantize(model.tensors[name].load(), gguf.GGMLQuantizationType.Q8_0)
+        changed = {"shape": data.shape, "dtype": "uint8", "type": gguf.GGMLQuantizationType.Q8_0}
+        model.tensors[name] = model.tensors[name]._replace(load=lambda data=data: data, **changed)
+    save_gguf(tmp_path / "q8.gguf", model)
+    name, new = "model.layers.1.self_attn.o_proj.weight", torch.randn(64, 64)
+    export(tmp_path / "q8.gguf", Edit(tensors={name: new}), tmp_path / "out", "gguf")
+    before, after = tensors(tmp_path / "q8.gguf"), tensors(tmp_path / "out" / "model.gguf")
+    assert before.keys() == after.keys()
+    for key in before:
+        assert np.array_equal(before[key].data, after[key].data) == (key != "blk.1.attn_output.weight"), key
+    got = gguf.dequantize(after["blk.1.attn_output.weight"].data, gguf.GGMLQuantizationType.Q8_0)
+    assert np.abs(got - new.numpy()).max() <= new.abs().max().item() / 127
+    with pytest.raises(ValueError, match="replaces model.layers.9.*not"):
+        edited = Edit(tensors={"model.layers.9.self_attn.o_proj.weight": new})
+        export(tmp_path / "q8.gguf", edited, tmp_path / "no", "gguf")
+    k_quant = gguf.GGMLQuantizationType.Q4_K
+    monkey = model.tensors["blk.1.attn_output.weight"]._replace(type=k_quant)
+    from lib.export.gguf import replaced as in_file
+
+    with pytest.raises(ValueError, match="nothing here encodes the file.s Q4_K"):
+        in_file(
+            model._replace(tensors={**model.tensors, "blk.1.attn_output.weight": monkey}), Edit(tensors={name: new})
+        )
+
+
+def test_an_edit_is_checked_by_name_and_shape_and_leaves_no_trace(tmp_path):
+    model = toy("gpt2")
+    decoder, before = Decoder(model), {key: value.clone() for key, value in model.state_dict().items()}
+    name = "h.0.attn.c_attn.weight"  # as a file of the base model has it
+    new = torch.zeros_like(before[f"transformer.{name}"])
+    with applied(decoder, Edit(tensors={name: new})):
+        assert not model.transformer.h[0].attn.c_attn.weight.any()
+    bad = [
+        (Edit(tensors={name: new, "h.9.x": new}), "h.9.x"),
+        (Edit(tensors={name: new, "h.1.ln_1.weight": torch.ones(3)}), "ln_1.weight is .3,"),
+    ]
+    model.save_pretrained(tmp_path / "dense")
+    for wrong, says in bad:
+        with pytest.raises(ValueError, match=says), applied(decoder, wrong):
+            raise AssertionError("applied")
+        with pytest.raises(ValueError, match=says):
+            export(tmp_path / "dense", wrong, tmp_path / "out", "stock")
+        assert not (tmp_path / "out").exists()
+    with (
+        pytest.raises(ValueError, match="changes layer_norm_epsilon"),
+        applied(decoder, Edit(config={"layer_norm_epsilon": 1})),
+    ):
+        raise AssertionError("applied")
+    export(tmp_path / "dense", Edit(config={"layer_norm_epsilon": 0.5}), tmp_path / "out", "stock")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_norm_epsilon"] == 0.5
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_masks_within_masks_leave_the_outer_ones():
+    from lib.blocks import Block
+
+    decoder = Decoder(deep_toy())
+    with torch.inference_mode(), decoder.masked([Block("mha", 1)]):
+        wanted = decoder.model(WINDOWS).logits
+        with decoder.masked([Block("mha", 1), Block("mlp", 2)]):
+            assert not torch.equal(decoder.model(WINDOWS).logits, wanted)
+        assert torch.equal(decoder.model(WINDOWS).logits, wanted)
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -167,6 +295,9 @@ def run(call, toy_folder, text, tmp_path):
 def test_laco_writes_a_checkpoint_that_evaluates(run, evaluate, tmp_path):
     result = run(laco, target_ratio=0.3, merge_layers=2, interval=1).result
     record = json.loads((tmp_path / "out" / "laco.json").read_text())
+    info = json.loads((tmp_path / "out" / "config.json").read_text())["pruning_info"]
+    assert info["edit"].items() <= record.items() and info["evaluated"]["perplexity"] == result["perplexity"]
+    assert "by laco" in (tmp_path / "out" / "README.md").read_text()
     assert record["dense_layers"] == 6 and len(record["layers"]) == result["layers"] == 3
     assert [m["similarity"] for m in record["merges"]] == [s for _, s in result["merges"]]
     assert result["removed_percent"] >= 30 and record["variant"] == "paper"
@@ -223,8 +354,10 @@ def test_laco_refuses_in_one_line(run, toy_folder, tmp_path):
     refused("no such file or folder", threshold=0.5, model_path=tmp_path / "nowhere")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("not a model")
-    refused("--output-dir", "--overwrite", threshold=0.5)
-    refused("--output-dir", "something else", threshold=0.5, overwrite=True)
+    refused("not empty", "overwrite", threshold=0.5)
+    refused("other things than an export", threshold=0.5, overwrite=True)
+    given = dict(threshold=0.5, model_path=toy_folder("gemma", num_hidden_layers=6), output_dir=tmp_path / "new")
+    refused("format gguf", "gemma", format="gguf", **given)
 
 
 def test_the_table_of_angles_and_the_mergekit_file(run, toy_folder, tmp_path, search):
@@ -278,13 +411,16 @@ def test_a_collapsed_model_can_be_run_in_place_and_leaves_no_trace(name, tmp_pat
     before = {key: value.clone() for key, value in decoder.model.state_dict().items()}
     dense = window_losses(decoder, WINDOWS, 2)
     collapsed = collapse(decoder, WINDOWS, merge=3, remove=4)
-    with pytest.raises(KeyboardInterrupt), applied(decoder, collapsed.layers) as gone:
-        in_place = window_losses(decoder, WINDOWS, 2, gone)
+    merged = edit(decoder, collapsed.layers)
+    with pytest.raises(KeyboardInterrupt), applied(decoder, merged):
+        in_place = window_losses(decoder, WINDOWS, 2)
         raise KeyboardInterrupt
-    assert len(gone) == 4 and {block.kind for block in gone} == {"layer"}
+    with replaced(decoder, merged):
+        assert torch.equal(window_losses(decoder, WINDOWS, 2, merged.removed), in_place)
+    assert len(merged.removed) == 8 and {block.kind for block in merged.removed} == {"mha", "mlp"}
     assert all(torch.equal(value, before[key]) for key, value in decoder.model.state_dict().items())
     assert torch.equal(window_losses(decoder, WINDOWS, 2), dense)
-    write(decoder, collapsed, tmp_path / "out")
+    written(decoder, collapsed, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logits = again(WINDOWS).logits[:, :-1].double()

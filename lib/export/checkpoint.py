@@ -22,6 +22,8 @@ import torch
 
 from lib.blocks import KINDS
 from lib.decoder import find_layers
+from lib.edits import Edit, check_shape, name_in
+from lib.export.config import config_json
 from lib.families import FAMILIES
 from lib.hub import locate
 from lib.model import DTYPES, check_whole, load_config, load_model, quiet, readable, skeleton
@@ -75,22 +77,28 @@ class Source:
     config: transformers' configuration. bare: the model without weights. layers, n_layers, family: its
     decoder layers, their number, and their row of FAMILIES. parallel: whether attention and MLP of a
     layer read the same state, so that an attention and the MLP of another layer are no layer.
-    native: whether the model's code is transformers' own. No weights are read before they are asked for.
+    native: whether the model's code is transformers' own. edit: an Edit, whose tensors and
+    configuration are read in place of the files'. No weights are read before they are asked for.
     Raises ValueError, one line, for what cannot be read, and for a checkpoint that is quantised or pruned.
     """
 
-    def __init__(self, path, compute_dtype=None, trust_remote_code=False):
-        self.path, self.trust_remote_code = str(path), trust_remote_code
+    def __init__(self, path, compute_dtype=None, trust_remote_code=False, edit=Edit()):  # noqa: B008 (immutable)
+        self.path, self.trust_remote_code, self.edit = str(path), trust_remote_code, edit
         self.config = load_config(path, trust_remote_code)
         quantised = getattr(self.config, "quantization_config", None)
         if quantised:
             method = (quantised if isinstance(quantised, dict) else quantised.to_dict()).get("quant_method", "?")
             raise ValueError(
-                f"--model-path {path}: quantised ({method}), and packed weights are not pruned here; give the dense "
+                f"{path}: quantised ({method}), and packed weights are not pruned here; give the dense "
                 "checkpoint and quantise the export"
             )
         check_whole(self.config, path)
         self.bare = skeleton(path, trust_remote_code)
+        if edit.config:
+            for field, value in edit.config.items():
+                setattr(self.config, field, value)
+            with torch.device("meta"):
+                self.bare = type(self.bare)(copy.deepcopy(self.config)).eval()
         if not self.config.architectures:  # a .gguf file tells none, and other programs choose by it
             self.config.architectures = [type(self.bare).__name__]
         self.native = type(self.bare).__module__.startswith("transformers.")
@@ -109,6 +117,11 @@ class Source:
         """Where the files lie; a hub model is downloaded now."""
         return Path(self._where) if Path(self._where).is_dir() else _snapshot(self._where)
 
+    @property
+    def own_config(self):
+        """What the source's config.json says, as a dict; None of a .gguf file."""
+        return None if self.gguf else json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
     @functools.cached_property
     def _stored(self):
         with readable(self.path, "weights"):
@@ -121,7 +134,7 @@ class Source:
         found = {place.layer for place in map(self.place, stored) if place}
         if found != set(range(self.n_layers)):
             raise ValueError(
-                f"--model-path {self.path}: weights of {len(found)} layers, where config.json says {self.n_layers}; "
+                f"{self.path}: weights of {len(found)} layers, where config.json says {self.n_layers}; "
                 "give a complete checkpoint"
             )
         return stored
@@ -142,8 +155,17 @@ class Source:
         """Return the names of all tensors, as the files have them."""
         return list(self._stored)
 
+    @functools.cached_property
+    def _replaced(self):
+        """{name in the file: the edit's name of it}"""
+        return {name_in(self._stored, name, self.bare): name for name in self.edit.tensors}
+
     def tensor(self, name):
-        """Return one tensor, on the CPU."""
+        """Return one tensor, on the CPU: the edit's, where it replaces this one."""
+        if name in self._replaced:
+            tensor = self.edit.load(self._replaced[name]).cpu()
+            check_shape(name, tensor, self._stored[name].shape)
+            return tensor.to(self.dtype or self._stored[name].dtype)
         with readable(self.path, "weights"):
             tensor = self._stored[name].load()
         return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
@@ -167,7 +189,7 @@ class Source:
             kinds = KINDS if module in row.mha_norms and self._shared_norm else ("mha",)
         else:
             raise ValueError(
-                f"--model-path {self.path}: {name}: the row of {type(self.layers[0]).__name__} of FAMILIES in "
+                f"{self.path}: {name}: the row of {type(self.layers[0]).__name__} of FAMILIES in "
                 f"lib/families.py has no {module}, so that nobody knows which block it goes with; correct the row"
             )
         return Place(head, int(layer), rest, kinds)
@@ -201,7 +223,7 @@ class Source:
                 same = torch.equal(stored[head].load(), stored[own].load())
             if not same:
                 raise ValueError(
-                    f"--model-path {self.path}: its configuration ties {head} to {own}, but it holds both and they "
+                    f"{self.path}: its configuration ties {head} to {own}, but it holds both and they "
                     'differ; say "tie_word_embeddings": false in its config.json'
                 )
             del stored[head]
@@ -232,6 +254,11 @@ def verify(model_class, config, entries):
             )
 
 
+def zeros(name, shape, dtype):
+    """Return the Entry of a tensor of zeros."""
+    return Entry(name, shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+
 def check_space(folder, nbytes):
     """Raise ValueError unless the disk of `folder`, or of its nearest parent, has `nbytes` free."""
     path = Path(folder).expanduser().absolute()
@@ -241,6 +268,15 @@ def check_space(folder, nbytes):
             f"{folder}: {nbytes / 2**30:,.2f} GiB to write, {free / 2**30:,.2f} GiB free on that disk; "
             "free some, or give a folder on another disk"
         )
+
+
+def write_checkpoint(folder, source, config, entries):
+    """Write weights and configuration, which says the dtype that was asked for."""
+    write_shards(folder, entries)
+    if source.dtype:
+        config.dtype = source.dtype
+    text = json.dumps(config_json(config, source.own_config), indent=2)
+    (Path(folder) / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_shards(folder, entries, shard_bytes=SHARD_BYTES):

@@ -13,8 +13,8 @@ import math
 
 import torch
 
-from lib.export.checkpoint import Entry, verify, write_shards
-from lib.export.layers import repack
+from lib.export.checkpoint import verify, write_shards, zeros
+from lib.export.layers import places, repack
 
 FAMILIES = ("llama", "mistral", "qwen2")  # model types: SiLU, no norms of queries and keys, none behind a block
 ROPE_TYPES = ("default", "linear", "llama3")  # the same in all these runtimes
@@ -52,12 +52,12 @@ def as_decilm(source, removed, info):
     layers, config = repack(source.n_layers, removed), source.config
     check_attention(layers, "decilm")
     if getattr(config, "mlp_bias", False):
-        raise ValueError("--format decilm: the MLPs have biases, which SGLang leaves out; use --format gguf or hf")
+        raise ValueError("format decilm: the MLPs have biases, which SGLang leaves out; use format gguf or hf")
     size = head_size(config)
     if size * config.num_attention_heads != config.hidden_size:
         raise ValueError(
-            f"--format decilm: {config.num_attention_heads} heads of {size} are not the hidden size "
-            f"{config.hidden_size}, as mlx-lm wants it; use --format gguf or hf"
+            f"format decilm: {config.num_attention_heads} heads of {size} are not the hidden size "
+            f"{config.hidden_size}, as mlx-lm wants it; use format gguf or hf"
         )
     verify(type(source.bare), config, [source.entry(name) for name in source.names()])
     entries = _entries(source, layers)
@@ -81,10 +81,10 @@ def as_decilm(source, removed, info):
 def check_family(source, removed, format):
     """Raise ValueError unless runtimes that know Llama with gaps run this model as transformers does."""
     config = source.config
-    rest = f"--format {format} is for {', '.join(FAMILIES)} with SiLU and without sliding windows; use --format hf"
+    rest = f"format {format} is for {', '.join(FAMILIES)} with SiLU and without sliding windows; use format hf"
 
     def refuse(what):
-        raise ValueError(f"--model-path {source.path}: {what}; {rest}")
+        raise ValueError(f"{source.path}: {what}; {rest}")
 
     if config.model_type not in FAMILIES or not source.native:
         refuse(f"its model type is {config.model_type}")
@@ -92,8 +92,8 @@ def check_family(source, removed, format):
         refuse(f"its activation is {config.hidden_act}")
     if config.rope_parameters["rope_type"] not in ROPE_TYPES:
         raise ValueError(
-            f"--model-path {source.path}: its rotary positions are {config.rope_parameters['rope_type']}; "
-            f"--format {format} can hold {', '.join(ROPE_TYPES)}; use --format hf"
+            f"{source.path}: its rotary positions are {config.rope_parameters['rope_type']}; "
+            f"format {format} can hold {', '.join(ROPE_TYPES)}; use format hf"
         )
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * source.n_layers
@@ -106,8 +106,8 @@ def check_attention(layers, format):
     """Raise ValueError where no layer has attention: these runtimes take their cache from one."""
     if all(layer.mha is None for layer in layers):
         raise ValueError(
-            f"--format {format}: no attention is left, which its runtimes cannot run; remove fewer blocks, or use "
-            "--format zeroed"
+            f"format {format}: no attention is left, which its runtimes cannot run; remove fewer blocks, or use "
+            "format zeroed"
         )
 
 
@@ -175,9 +175,7 @@ def _config(source, layers, info):
 def _entries(source, layers):
     """Return the Entries of the checkpoint: blocks in their new layers, MLPs of full width, zeros where zeros stand."""
     config, entries = source.config, []
-    where = {("mha", layer.mha): i for i, layer in enumerate(layers)}
-    where |= {("mlp", layer.mlp): i for i, layer in enumerate(layers)}
-    for entry in source.relabelled(where):
+    for entry in source.relabelled(places(layers)):
         if ".mlp." in entry.name:
             entry = _widened(entry, int("down_proj" in entry.name), padded(config.intermediate_size))
         entries.append(entry)
@@ -188,15 +186,15 @@ def _entries(source, layers):
     if layers[0].mha is None:
         kv = head_size(config) * config.num_key_value_heads
         shapes = {"q_proj": (H, H), "k_proj": (kv, H), "v_proj": (kv, H), "o_proj": (H, H)}
-        entries += [_zeros(f"model.layers.0.self_attn.{name}.weight", shape, dtype) for name, shape in shapes.items()]
-        entries.append(_zeros("model.layers.0.input_layernorm.weight", (H,), dtype))
+        entries += [zeros(f"model.layers.0.self_attn.{name}.weight", shape, dtype) for name, shape in shapes.items()]
+        entries.append(zeros("model.layers.0.input_layernorm.weight", (H,), dtype))
         if _has_bias(source):
             biases = {name: shape[:1] for name, shape in shapes.items()}
-            entries += [_zeros(f"model.layers.0.self_attn.{name}.bias", shape, dtype) for name, shape in biases.items()]
+            entries += [zeros(f"model.layers.0.self_attn.{name}.bias", shape, dtype) for name, shape in biases.items()]
     if _has_bias(source):
         names = {entry.name for entry in entries}
         outputs = [name.replace("q_proj", "o_proj") for name in names if name.endswith("q_proj.bias")]
-        entries += [_zeros(name, (H,), dtype) for name in sorted({*outputs} - names)]
+        entries += [zeros(name, (H,), dtype) for name in sorted({*outputs} - names)]
     return entries
 
 
@@ -220,7 +218,3 @@ def _widened(entry, dim, size):
         return torch.cat((tensor, tensor.new_zeros(zeros)), dim)
 
     return entry._replace(shape=tuple(shape), load=load)
-
-
-def _zeros(name, shape, dtype):
-    return Entry(name, shape, dtype, lambda: torch.zeros(shape, dtype=dtype))

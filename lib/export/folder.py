@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.export.gguf import read_info
 from lib.hub import locate, model_name
-from lib.model import quiet, readable
+from lib.model import gguf_reader, parsed_once, quiet, readable
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -34,6 +34,7 @@ WRITTEN = (  # all that an export may consist of
     "README.md",
     "config.json",
     "generation_config.json",
+    "laco.json",
     "model.gguf",
     "*.py",
     "model.safetensors",
@@ -50,7 +51,7 @@ def check_target(folder, path, overwrite=False):
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{folder}: is not empty; give another folder (scripts.export may --overwrite an export)")
+        raise ValueError(f"{folder}: is not empty; give another folder, or ask to overwrite the export in it")
     if Path(path).exists() and folder in (Path(path).resolve(), *Path(path).resolve().parents):
         raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
@@ -96,25 +97,53 @@ def complete_or_nothing(folder):
 
 
 def copy_small_files(source, folder, format):
-    """Copy tokenizer, generation configuration, licence, and the source's own code where its configuration asks."""
-    from transformers import AutoTokenizer
-
-    patterns = LICENCES  # a .gguf file holds all the rest
+    """Copy tokenizer, generation configuration, licence, and the source's own code where its files name it."""
+    patterns, coded = LICENCES, False  # a .gguf file holds all the rest
     if format != "gguf":
         _write_generation_config(source, folder)
-        new_type = format in ("hf", "decilm")
-        if source.gguf or (new_type and any(any(source.folder.glob(pattern)) for pattern in TOKENIZER_FILES)):
-            # transformers chooses a tokenizer's class by model type, too; under a new type the file has to name it
-            with readable(source.path, "tokenizer"), quiet():
-                where, gguf = locate(source.path)
-                kwargs = {"gguf_file": gguf} if gguf else {}
-                tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **kwargs)
-                tokenizer.save_pretrained(folder)
-        patterns = (*TOKENIZER_FILES, *LICENCES, *(["*.py"] if getattr(source.config, "auto_map", None) else []))
-    for pattern in patterns if not source.gguf else ():
-        for file in source.folder.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        patterns = (*TOKENIZER_FILES, *LICENCES)
+        if not source.gguf:
+            settings = source.folder / "tokenizer_config.json"
+            with readable(source.path, "tokenizer"):
+                coded = settings.is_file() and "auto_map" in json.loads(settings.read_text(encoding="utf-8"))
+            patterns += ("*.py",) if coded or getattr(source.config, "auto_map", None) else ()
+    for file in {file for p in patterns for file in source.folder.glob(p)} if not source.gguf else ():
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    new_type = format in ("hf", "decilm") and any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+    if format != "gguf" and not coded and (source.gguf or new_type):
+        _write_tokenizer(source, folder)
+
+
+def _write_tokenizer(source, folder):
+    """Write the tokenizer anew unless the files that are there say all: without a known model type, what it is.
+
+    Transformers chooses a tokenizer's class by model type, too, where its files leave that open or are known to err.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    def rules(tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        return backend.to_str() if backend else type(tokenizer), tokenizer.special_tokens_map
+
+    with readable(source.path, "tokenizer"), quiet(), parsed_once():
+        where, gguf = locate(source.path)
+        kwargs = {"gguf_file": gguf} if gguf else {}
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=source.trust_remote_code, **kwargs)
+        with contextlib.suppress(Exception):  # whatever a class that is not the right one raises
+            if rules(AutoTokenizer.from_pretrained(folder, config=PreTrainedConfig())) == rules(tokenizer):
+                return
+        tokenizer.save_pretrained(folder)
+    if not (folder / "tokenizer.json").is_file():
+        return
+    path = folder / "tokenizer_config.json"  # in words that transformers 4 knows too
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_generation_config(source, folder):
@@ -156,6 +185,8 @@ def card(source, info, how_to_load):
     lines += [f"# {Path(info['base_model']).stem} without {n} of its blocks", ""]
     metric, kind = search.get("metric", "ppl"), search.get("block_type", "mix")
     found = "found by BlockPruner" if (metric, kind) == ("ppl", "mix") else f"chosen by {metric}, block type {kind}"
+    if "edit" in info:
+        found = f"by {info['edit'].get('method', 'an edit')}, which changes weights of the others, too"
     lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, {found}:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
     if "pruned_before" in info:
@@ -175,12 +206,19 @@ def card(source, info, how_to_load):
     return "\n".join([*lines, "", "## Loading it", "", how_to_load.strip(), ""])
 
 
+def in_python(arguments):
+    """Return for the card how transformers loads a folder; arguments: Python's, "PATH" first."""
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n```"
+    )
+
+
 def _licence(source):
     """Return the licence fields of a .gguf file's metadata, else of the YAML header of the base's card."""
     if source.gguf:
-        from gguf import GGUFReader
-
-        field = GGUFReader(source.path).fields.get("general.license")
+        field = gguf_reader(source.path).fields.get("general.license")
         return {"license": field.contents()} if field else {}
     import yaml
     from huggingface_hub.repocard import metadata_load

@@ -20,11 +20,12 @@ from typing import NamedTuple
 
 import torch
 
+from lib.edits import check_shape
 from lib.export.checkpoint import check_space, verify
 from lib.export.decilm import check_attention, check_family, head_size
 from lib.export.gguf_vocab import vocabulary
-from lib.export.layers import repack
-from lib.model import load_tokenizer, readable
+from lib.export.layers import places, repack
+from lib.model import gguf_reader, load_tokenizer, readable
 
 ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' model_type -> llama.cpp's name
 IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
@@ -63,7 +64,8 @@ class Model(NamedTuple):
 
 def as_gguf(source, removed, info):
     """One file, model.gguf; a format of lib.export.FORMATS."""
-    pruned = prune(read_gguf(source.path) if source.gguf else from_checkpoint(source, removed), removed)
+    model = replaced(read_gguf(source.path), source.edit) if source.gguf else from_checkpoint(source, removed)
+    pruned = prune(model, removed)
 
     def write(folder):
         save_gguf(folder / "model.gguf", pruned, info)
@@ -78,9 +80,7 @@ def prune(model, removed):
     """
     layers = repack(model.get("block_count"), removed)
     check_attention(layers, "gguf")
-    where = {("mha", layer.mha): i for i, layer in enumerate(layers)}
-    where |= {("mlp", layer.mlp): i for i, layer in enumerate(layers)}
-    tensors = {}
+    where, tensors = places(layers), {}
     for name, tensor in model.tensors.items():
         if match := BLOCK.fullmatch(name):
             layer, rest, part = match.groups()
@@ -140,7 +140,7 @@ def read_gguf(path):
     import gguf
 
     with readable(path, "gguf"):
-        reader = gguf.GGUFReader(path)
+        reader = gguf_reader(path)
         array = gguf.GGUFValueType.ARRAY
         fields = {
             key: gguf.GGUFValue(field.contents(), field.types[0], field.types[-1] if field.types[0] == array else None)
@@ -155,26 +155,64 @@ def read_gguf(path):
     return model
 
 
+def replaced(model, edit):
+    """Return the Model of a file with an Edit's tensors, each encoded as the file has the one that it replaces.
+
+    Raises ValueError, naming the tensor, for one that the file has not, and for a type that the package gguf decodes
+    only, such as Q4_K. Encoding rounds: the file's values are those of its type nearest to the edit's.
+    """
+    import gguf
+    import numpy as np
+
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, model.arch.upper()), model.get("block_count"))
+    tensors, heads = dict(model.tensors), model.get("attention.head_count")
+    for name in edit.tensors:
+        new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new not in tensors:
+            raise ValueError(
+                f"format gguf: the edit replaces {name}, which a file of {model.arch} has not; use format hf"
+            )
+        old = tensors[new]
+        try:
+            gguf.quantize(np.zeros((1, 256), "float32"), old.type)
+        except NotImplementedError:
+            raise ValueError(
+                f"format gguf: the edit replaces {name}, and nothing here encodes the file's {old.type.name}; "
+                "give a file of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, F16 or BF16, or use format stock or hf"
+            ) from None
+        dense = Tensor(
+            (), "float32", gguf.GGMLQuantizationType.F32, lambda name=name: edit.load(name).float().cpu().numpy()
+        )
+        if model.arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
+            dense = interleaved(dense, heads if "attn_q" in new else model.get("attention.head_count_kv", heads))
+
+        def load(name=name, dense=dense, old=old):
+            data = gguf.quantize(np.ascontiguousarray(dense.load()), old.type).view(old.dtype)
+            check_shape(name, data, old.shape)
+            return data
+
+        tensors[new] = old._replace(load=load)
+    return model._replace(tensors=tensors)
+
+
 def read_info(path):
     """Return the pruning_info of an exported file; raise ValueError where it has none."""
-    import gguf
-
     with readable(path, "gguf"):
-        field = gguf.GGUFReader(path).get_field("pruning_info")
+        field = gguf_reader(path).get_field("pruning_info")
         info = json.loads(field.contents()) if field else None
     if info is None:
-        raise ValueError(f"{path}: has no pruning_info; give a model.gguf of --format gguf")
+        raise ValueError(f"{path}: has no pruning_info; give a model.gguf of format gguf")
     return info
 
 
 def _check_file(path, model, reader):
     def refuse(what, instead):
-        raise ValueError(f"--model-path {path}: {what}; {instead}")
+        raise ValueError(f"{path}: {what}; {instead}")
 
     if model.arch not in ARCHS.values():
         refuse(
-            f"architecture {model.arch}; --format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
-            "give the model's folder and use --format hf",
+            f"architecture {model.arch}; format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
+            "give the model's folder and use format hf",
         )
     missing = [key for key in REQUIRED if model.get(key) is None]
     if missing:
@@ -187,11 +225,11 @@ def _check_file(path, model, reader):
         if key.startswith(f"{model.arch}.") and isinstance(field.value, list):
             refuse(f"{key} differs from layer to layer", "give the file of the model before it was changed")
     if model.get("rope.dimension_count", _head_size(model)) != _head_size(model):
-        refuse("it rotates a part of each head", "give the model's folder and use --format hf")
+        refuse("it rotates a part of each head", "give the model's folder and use format hf")
     for name in model.tensors:  # experts, fused projections
         match = BLOCK.fullmatch(name)
         if name.startswith("blk.") and (not match or match[3] not in ATTENTION + MLP):
-            refuse(f"{name} is of no known block", "give the model's folder and use --format hf")
+            refuse(f"{name} is of no known block", "give the model's folder and use format hf")
     for part in (*(f"blk.{i}.{p}" for i in range(model.get("block_count")) for p in ATTENTION + MLP), *OUTER):
         if f"{part}.weight" not in model.tensors:
             refuse(f"it lacks {part}.weight", "give a complete file")
@@ -216,9 +254,7 @@ def from_checkpoint(source, removed):
     for name in source.names():
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise ValueError(
-                f"--model-path {source.path}: {name}: llama.cpp's {arch} has no such tensor; use --format hf"
-            )
+            raise ValueError(f"{source.path}: {name}: llama.cpp's {arch} has no such tensor; use format hf")
         tensors[new] = _tensor(source.entry(name))
         if arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
             tensors[new] = interleaved(tensors[new], heads if "attn_q" in new else kv_heads)
@@ -266,8 +302,8 @@ def _tensor(entry):
     dtype = torch.float32 if len(entry.shape) == 1 else entry.dtype
     if dtype not in FILE_TYPES:
         raise ValueError(
-            f"--format gguf: {entry.name} is {dtype}, and a GGUF file's weights are fp32, fp16 or bf16; "
-            "give one of them as --compute-dtype"
+            f"format gguf: {entry.name} is {dtype}, and a GGUF file's weights are fp32, fp16 or bf16; "
+            "ask for one of them"
         )
 
     def load():

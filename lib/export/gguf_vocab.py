@@ -130,7 +130,7 @@ def _added_ends(tokenizer):
 
 def _refusal(reason):
     return ValueError(
-        f"--format gguf: llama.cpp has no equal of this tokenizer ({reason}); known are byte-level BPE that splits "
+        f"format gguf: llama.cpp has no equal of this tokenizer ({reason}); known are byte-level BPE that splits "
         f"like {', '.join(SPLITS.values())}, and BPE with byte fallback (Llama 2, Mistral); give the model's .gguf "
-        "file, whose vocabulary is copied, or use --format hf"
+        "file, whose vocabulary is copied, or use format hf"
     )

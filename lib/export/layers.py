@@ -18,6 +18,11 @@ class Layer(NamedTuple):
         return " ".join(map(str, self.blocks()))
 
 
+def places(layers):
+    """Return {block of the source: number of its Layer}."""
+    return {block: k for k, layer in enumerate(layers) for block in layer.blocks()}
+
+
 def repack(n_layers, removed, mix=True):
     """Return the kept blocks as Layers, in depth order.
 

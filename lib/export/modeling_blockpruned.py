@@ -129,13 +129,14 @@ def _chain(family, steps, anchor):
     for key, value in vars(steps[anchor]).items():
         if not key.startswith("_") and key != "training":  # the attention's type, where a model asks its layers
             setattr(chain, key, value)
-    chain.anchor, chain.steps = anchor, nn.ModuleList(steps)
+    # vLLM tells layers by the one number in a name
+    chain.anchor, chain.steps = anchor, nn.ModuleDict({f"step{i}": step for i, step in enumerate(steps)})
     return chain
 
 
 def _run_chain(self, hidden_states, *args, **kwargs):
     rest = None
-    for i, step in enumerate(self.steps):
+    for i, step in enumerate(self.steps.values()):
         output = step(hidden_states, *args, **kwargs)
         hidden_states = output[0] if isinstance(output, tuple) else output
         if i == self.anchor and isinstance(output, tuple):

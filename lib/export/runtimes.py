@@ -42,6 +42,9 @@ class Server:
             except Exception as error:  # the binding raises plain ones
                 lines = [line.split(" E ", 1)[1].strip() for line in log().splitlines() if " E " in line]
                 raise ValueError(f"{self.path}: llama.cpp does not load it ({'; '.join(lines[:2]) or error})") from None
+            end = time.monotonic() + 2  # a thread of llama.cpp's writes the log, and may be behind
+            while "llama_kv_cache: size" not in log() and time.monotonic() < end:
+                time.sleep(0.01)
             self.log = log()
         self._complete([0], 1)  # a server that is stopped before its loop has started never ends
         return self
@@ -51,7 +54,7 @@ class Server:
             del self._server
             end = time.monotonic() + 2
             while "main loop exited" not in log() and time.monotonic() < end:
-                time.sleep(0.01)  # a thread of llama.cpp's writes the log, and may be behind
+                time.sleep(0.01)
 
     def logprobs(self, ids, vocab_size):
         """Return the log-probabilities (vocab_size,) of the token after `ids`, float32, on the CPU.
