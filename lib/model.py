@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import logging
+import re
 import sys
 from pathlib import Path
 from textwrap import shorten
@@ -67,10 +68,35 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
             f"--model-path {path}: {len(missing)} weights are not in the checkpoint and would be random "
             f"({', '.join(missing[:3])}, ...); give a complete checkpoint of {type(model).__name__}"
         )
+    _check_complete(path, where, model, info)
     if device_map is None:
         model.to(device)
     model.eval().requires_grad_(False)
     return model
+
+
+def _check_complete(path, where, model, info):
+    """Raise ValueError where the files hold another model than the configuration: more layers, or a head of its own."""
+    from safetensors import safe_open
+
+    left = [name for name in info["unexpected_keys"] if re.search(r"(layers|h|blocks?)\.\d+\.", name)]
+    if left:
+        raise ValueError(
+            f"{path}: {len(left)} weights of layers have no place in the model of its config.json "
+            f"({sorted(left)[0]}, ...); give the config.json that it was saved with"
+        )
+    entries = {}
+    for file in Path(where).glob("*.safetensors"):
+        opened = safe_open(file, "pt")
+        entries |= dict.fromkeys(opened.keys(), opened)
+    ties = getattr(model, "_tied_weights_keys", None) if getattr(model.config, "tie_word_embeddings", False) else None
+    for head, own in ties.items() if isinstance(ties, dict) else ():
+        both = [entries[name].get_tensor(name) for name in (head, own) if name in entries]
+        if len(both) == 2 and not torch.equal(*both):
+            raise ValueError(
+                f"{path}: its configuration ties {head} to {own}, but it holds both and they differ; "
+                'say "tie_word_embeddings": false in its config.json'
+            )
 
 
 def skeleton(path, trust_remote_code=False):
@@ -87,10 +113,10 @@ def load_config(path, trust_remote_code=False):
     from transformers import AutoConfig
 
     where, gguf = locate(path)
-    with readable(path, "configuration"), quiet():
-        if gguf:
-            config = copy.deepcopy(_gguf_config(path, Path(where, gguf).stat().st_mtime_ns))
-        else:
+    if gguf:
+        config = copy.deepcopy(_gguf_config(path, Path(where, gguf).stat().st_mtime_ns))
+    else:
+        with readable(path, "configuration"), quiet():
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(
@@ -112,8 +138,10 @@ def _gguf_config(path, modified):
     from transformers import AutoConfig
 
     where, gguf = locate(path)
-    with parsed_once():
-        return AutoConfig.from_pretrained(where, gguf_file=gguf)
+    with readable(path, "configuration"), quiet(), parsed_once():
+        config = AutoConfig.from_pretrained(where, gguf_file=gguf)
+    _read_the_rest(path, config)
+    return config
 
 
 def gguf_reader(path):
@@ -143,6 +171,66 @@ def parsed_once():
         yield
     finally:
         gguf.GGUFReader = before
+
+
+def _read_the_rest(path, config):
+    """Put into a .gguf file's configuration what transformers leaves out of it; raise ValueError where it cannot.
+
+    These are rotations that are slowed down: by fields `rope.scaling`, or by a tensor `rope_freqs`, one factor for each
+    pair of dimensions, in which llama.cpp's converter keeps the scaling of Llama 3.1 and later. And biases, which are
+    weights of the file that the model built from this configuration has no place for.
+    """
+    import gguf
+    from transformers import AutoModelForCausalLM
+
+    reader = gguf_reader(path)
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    arch = fields["general.architecture"]
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(
+            f"{path}: one of {fields['split.count']} parts; join them with llama-gguf-split --merge and give the whole"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    scaling = {key: fields[key] for key in fields if key.startswith(f"{arch}.rope.scaling.")}
+    kind, factor = (scaling.get(f"{arch}.rope.scaling.{name}") for name in ("type", "factor"))
+    if kind == "linear" and rope.get("rope_type") == "default":
+        config.rope_parameters = rope = rope | {"rope_type": "linear", "factor": factor}
+    if scaling and kind != "none" and rope.get("rope_type") != kind:
+        raise ValueError(
+            f"{path}: rotations that are scaled as {', '.join(scaling)} say are not read; give the model's folder"
+        )
+    if (freqs := tensors.get("rope_freqs.weight")) is not None:
+        factors = torch.tensor(freqs.data)
+        llama3 = {"rope_type": "llama3", "factor": factors.max().item(), "low_freq_factor": 1.0}
+        llama3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as in all of Llama 3.1 to 3.3
+        if not torch.allclose(factors, torch.ones_like(factors)):
+            config.rope_parameters = rope | llama3
+            if not torch.allclose(llama3_factors(config), factors, rtol=1e-3):
+                raise ValueError(
+                    f"{path}: rope_freqs.weight holds other rotations than Llama 3.1's; give the model's folder"
+                )
+    if arch in gguf.MODEL_ARCH_NAMES.values():
+        with torch.device("meta"):
+            there = AutoModelForCausalLM.from_config(config).state_dict()
+        which = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+        names = gguf.get_tensor_name_map(which, fields.get(f"{arch}.block_count", 0))
+        there = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in there}
+        if unread := sorted(name for name in tensors if name.endswith(".bias") and name not in there):
+            raise ValueError(
+                f"{path}: {unread[0]} and {len(unread) - 1} more biases have no place in the model built from "
+                "it; give the model's folder"
+            )
+
+
+def llama3_factors(config):
+    """Return by how much Llama 3.1's scaling slows down each rotation, (size/2,) float32."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    slow, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    return plain / slow
 
 
 def load_tokenizer(path, trust_remote_code=False):

@@ -29,8 +29,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    import torch
-
     from lib.blocks import Block
     from lib.export.write import export
     from lib.files import to_json

@@ -1,7 +1,6 @@
-"""Logits of checkpoints by the transformers that runs this file: `python reader_logits.py OUT FOLDER...`.
+"""Logits of checkpoints by the transformers of an environment of its own: `python reader_logits.py OUT FOLDER...`.
 
-For scripts.check_readers, in an environment of its own. OUT gets {folder: logits of the tokens in its ids.json}, or
-why a folder was refused, as a string; folders are the parts of the last line that this prints.
+For scripts.check_readers. OUT gets {folder: logits of the tokens in its ids.json, or why it was refused, a string}.
 """
 
 import json
@@ -25,6 +24,5 @@ def logits(folder):
         return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.save({folder: logits(folder) for folder in sys.argv[2:]}, sys.argv[1])
+torch.set_num_threads(1)
+torch.save({folder: logits(folder) for folder in sys.argv[2:]}, sys.argv[1])

@@ -25,7 +25,7 @@ from lib.export.checkpoint import check_space, verify
 from lib.export.decilm import check_attention, check_family, head_size
 from lib.export.gguf_vocab import vocabulary
 from lib.export.layers import places, repack
-from lib.model import gguf_reader, load_tokenizer, readable
+from lib.model import gguf_reader, llama3_factors, load_tokenizer, readable
 
 ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' model_type -> llama.cpp's name
 IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
@@ -280,19 +280,9 @@ def from_checkpoint(source, removed):
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "llama3":
-        tensors["rope_freqs.weight"] = _constant(_llama3_factors(config))
+        tensors["rope_freqs.weight"] = _constant(llama3_factors(config).numpy())
     tokenizer = load_tokenizer(source.path, source.trust_remote_code)
     return Model(arch, writer.kv_data[0] | vocabulary(tokenizer, config.vocab_size), tensors)
-
-
-def _llama3_factors(config):
-    """Return by how much each rotation is slowed down, (size/2,) float32."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    slow, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    size = head_size(config)
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
-    return (plain / slow).numpy()
 
 
 def _tensor(entry):
