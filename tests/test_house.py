@@ -227,7 +227,8 @@ def missing(text, folder):
     modules = re.findall(r"\b(?:python3? -m )?(scripts\.\w+)\b(?!\()", text)
     wrong = {name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).is_file()}
     named = re.findall(
-        r"(?<![\w/.$-])((?:lib|scripts|tests|docs|ppls|lm_eval)/[\w./-]*\w\.(?:py|sh|md|json|png|svg))\b", text
+        r"(?<![\w/.$-])(?<!-file )((?:lib|scripts|tests|docs|ppls|lm_eval)/[\w./-]*\w\.(?:py|sh|md|json|png|svg))\b",
+        text,
     )
     named += re.findall(r"\b(?:bash|python) ([\w./-]+\.(?:sh|py))\b", text)
     wrong |= {name for name in named if not (ROOT / name).is_file()}
