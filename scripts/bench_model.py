@@ -151,7 +151,8 @@ def positional():
     try:
         yield
     except ValueError as error:
-        raise ValueError(str(error).replace("--model-path", "MODEL")) from error
+        text = str(error).replace("--model-path", "MODEL")
+        raise ValueError(text if text.startswith(("--", "MODEL")) else f"MODEL {text}") from error
 
 
 def check(args):
