@@ -23,7 +23,7 @@ def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
     parser.add_argument("--python", required=True, help="python of the environment with the other transformers")
     parser.add_argument("--families", nargs="*", help="names in tests/families.py; all when absent")
-    parser.add_argument("--tolerance", type=flags.size, default=2e-3, help="largest difference of a logit")
+    parser.add_argument("--tolerance", type=flags.size, default=1e-4, help="largest difference of a logit")
     return parser, parser.parse_args(argv)
 
 

@@ -244,9 +244,15 @@ def read_windows(args, tokenizer, held_out=False):
     from lib import data
 
     chat = tokenizer if args.chat_template else None
-    corpus = data.load_documents(
-        args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=held_out, chat=chat
-    )
+    try:
+        corpus = data.load_documents(
+            args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=held_out, chat=chat
+        )
+    except ValueError as error:  # the library names the data set, not its flag
+        if not str(error).startswith(f"{args.cal_dataset}: "):
+            raise
+        local = "; --data-dir names the folder of local copies" if args.data_dir is None else ""
+        raise ValueError(f"--cal-dataset {error}{local}") from error
     for number, what in (
         (corpus.skipped, "records hold no text and are left out"),
         (corpus.mended, "texts held half a surrogate pair, now U+FFFD"),

@@ -55,7 +55,7 @@ def test_tasks_without_lm_eval_are_refused(bare, toy_folder, text, tmp_path):
 
 def test_a_named_data_set_without_datasets_is_refused(refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
-    refused("wikitext2: needs the datasets package", "local copy", cal_dataset="wikitext2")
+    refused("--cal-dataset wikitext2", "datasets", "--data-dir", cal_dataset="wikitext2")
 
 
 def test_a_hub_name_without_network_is_refused_without_retries(text, tmp_path):
@@ -103,7 +103,7 @@ def test_a_named_data_set_without_network_is_refused_without_retries(toy_folder,
     home, out = tmp_path / "home", tmp_path / "out"
     words = flags(model_path=toy_folder(), cal_dataset="alpaca", ppl_search_path=out, **SMALL)
     run = shell("block_search.py", *words, HF_HOME=str(home))
-    assert_refused(run, "alpaca: tatsu-lab/alpaca cannot be read from the hub", "alpaca-test.jsonl")
+    assert_refused(run, "--cal-dataset alpaca", "tatsu-lab/alpaca", "--data-dir", "alpaca-test.jsonl")
     assert not out.exists()
 
 
