@@ -47,77 +47,23 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib import tasks
-    from lib.decoder import Decoder
-    from lib.evaluate import perplexity, window_losses
-    from lib.export.write import export
+    with parser.user_errors():  # everything that can fail fails before weights are read
+        removed, meta, text, tokenizer, decoder = open_eval(args)
+    flags.warn_of_order(args, meta, removed)
+    flags.print_opened(args, text, decoder, title="text")
+
     from lib.files import to_json, write_json
     from lib.measure import weight_bytes
-    from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
+    from lib.model import parameter_count
+    from lib.tasks import zero_shot
 
-    args.device = args.device or default_device()
-    with parser.user_errors():  # everything that can fail fails before weights are read
-        order, meta = check(args)
-        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-        corpus, documents, windows = flags.read_windows(args, tokenizer, held_out=True)
-        windows = windows[: args.limit.get(None)]
-        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
-        flags.check_tokens(windows, model)
-        decoder = Decoder(model)
-    flags.warn_of_order(args, meta, order)
-
-    def measure():
-        with parser.full_gpu("take a smaller --ppl-eval-batch-size"):
-            losses = window_losses(decoder, windows, args.ppl_eval_batch_size)
-        return perplexity(losses, args.ppl_eval_seqlen)
-
-    label = "NOT A RESULT, --limit: " + " ".join(f"{k or 'all'}={v}" for k, v in args.limit.items())
-    label = label if args.limit else None
-    print(f"model         {args.model_path}, {args.device}, {args.compute_dtype}")
-    if note := dtype_note(args.device, args.compute_dtype):
-        print(f"note          {note}")
-    print(
-        f"text          {corpus.source} ({corpus.split or 'whole file'}), "
-        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens"
-    )
-    if label:
-        print(label)
-    dense_parameters, dense_bytes, dense = parameter_count(model), weight_bytes(model), measure()
-    decoder.remove(order)
-    parameters = parameter_count(model)
-    ratio = 100 * (1 - parameters / dense_parameters)
-    print(f"removed       {len(order)} blocks: {' '.join(map(str, order)) or 'none'}")
-    print(
-        f"size          {dense_parameters:,} -> {parameters:,} parameters, "
-        f"{dense_bytes / 2**20:,.1f} -> {weight_bytes(model) / 2**20:,.1f} MiB, "
-        f"pruning ratio {ratio:.2f} %"
-    )
-    pruned = measure() if order else dense
-    print(f"perplexity    {dense:.4f} -> {pruned:.4f}")
-    result = {
-        "model": args.model_path,
-        "order_file": args.ppl_search_file,
-        "removed": [str(b) for b in order],
-        "dense_parameters": dense_parameters,
-        "parameters": parameters,
-        "pruning_ratio_percent": ratio,
-        "dataset": args.cal_dataset,
-        "source": corpus.source,
-        "split": corpus.split,
-        "windows": len(windows),
-        "seqlen": args.ppl_eval_seqlen,
-        "bos": args.bos,
-        "documents": len(documents),
-        "seed": args.seed,
-        "dense_perplexity": dense,
-        "perplexity": pruned,
-        "limit": label,
-        "num_fewshot": args.num_fewshot,
-        "dtype": args.compute_dtype,
-        "device": args.device,
-        "versions": flags.versions(),
-        "tasks": {},
-    }
+    model = decoder.model
+    sizes, dense = [(parameter_count(model), weight_bytes(model))], measure(parser, args, text, decoder)
+    decoder.remove(removed)
+    sizes.append((parameter_count(model), weight_bytes(model)))
+    pruned = measure(parser, args, text, decoder) if removed else dense
+    result = describe(args, text, removed, sizes, dense, pruned)
+    print_measured(result, sizes)
 
     def save():
         if args.output_path:
@@ -127,57 +73,36 @@ def main(argv=None):
     for task in args.tasks if args.do_eval else ():
         most = args.limit.get(task, args.limit.get(None))
         with parser.full_gpu("take a smaller --batch-size"):
-            result["tasks"] |= tasks.zero_shot(
+            result["tasks"] |= zero_shot(
                 model, tokenizer, [task], args.batch_size, args.num_fewshot, most, args.task_data
             )
         save()
     print()
-    print_table(result, label)
-    failed = None
+    print_table(result)
     if args.export_path:  # last: what is measured is not lost where it fails
-        keys = "dataset", "dense_perplexity", "perplexity", "windows", "seqlen", "limit"
-        try:
-            result["export"] = export(
-                args.model_path,
-                order,
-                args.export_path,
-                compute_dtype=args.compute_dtype,
-                meta=meta,
-                trust_remote_code=args.trust_remote_code,
-                versions=flags.versions(),
-                evaluated={key: result[key] for key in keys},
-            )
-            print(f"export        {args.export_path}, format {result['export']['format']}")
-        except (ValueError, OSError) as error:
-            failed = error
+        failed = write_export(args, removed, meta, result)
         save()
     print(to_json(result))
-    if failed:
+    if args.export_path and failed:
         parser.error(failed)
 
 
-def check(args):
-    """Raise ValueError for whatever flags, files and the configuration already tell; return (removals, meta)."""
-    from lib import tasks
-    from lib.data import check_dataset
+def open_eval(args):
+    """Return (removals, meta of the order, Text, tokenizer, Decoder); raise ValueError for whatever cannot work."""
     from lib.decoder import block_parameters, find_layers
     from lib.export.checkpoint import Source, check_space
     from lib.export.folder import check_target
     from lib.export.write import choose
-    from lib.model import DTYPES, check_device, parameter_count, skeleton
+    from lib.model import DTYPES, parameter_count
 
-    check_device(args.device)
-    check_dataset(args.cal_dataset, args.cal_split, args.data_dir, held_out=True)
     order, meta = flags.read_removals(args)
     if args.do_eval:
-        tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
-        check_task_cache(args.tasks, args.task_data)
+        flags.check_tasks(args)
     unknown = set(args.limit) - {None, *args.tasks}
     if unknown:
         raise ValueError(f"--limit {unknown.pop()}=...: not among --tasks {' '.join(args.tasks)}")
     flags.check_file(args.output_path, "--output-path")
-    bare = skeleton(args.model_path, args.trust_remote_code)
-    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    bare = flags.open_bare(args, held_out=True)
     removed = flags.check_removals(args, order, meta, bare)
     if args.export_path:
         flags.check_folder(args.export_path, "--export-path")
@@ -185,27 +110,79 @@ def check(args):
         choose(Source(args.model_path, args.compute_dtype, args.trust_remote_code), removed)
         left = parameter_count(bare) - block_parameters(find_layers(bare), removed)
         check_space(args.export_path, left * DTYPES[args.compute_dtype].itemsize)
-    return removed, meta
+    tokenizer = flags.open_tokenizer(args)
+    text = flags.open_text(args, tokenizer, bare, held_out=True, limit=args.limit.get(None))
+    return removed, meta, text, tokenizer, flags.open_decoder(args, text.windows)
 
 
-def check_task_cache(names, task_data):
-    """Raise ValueError where a task's rows are neither local, nor on a hub in reach, nor cached."""
-    from lib import tasks
-    from lib.hub import hub_error
+def measure(parser, args, text, decoder):
+    """Return the perplexity on the text of what is there of the model."""
+    from lib.evaluate import perplexity, window_losses
 
-    if task_data is not None or not hub_error():
-        return
-    for name in names:
-        try:
-            tasks.task_manager(hub=True).load([name])
-        except ConnectionError:
-            raise ValueError(
-                f"--tasks {name}: its rows are not cached and the hub cannot be reached ({hub_error()}); "
-                "fetch them where there is a network, or give --task-data, a folder with the five tasks' .jsonl files"
-            ) from None
+    with parser.full_gpu("take a smaller --ppl-eval-batch-size"):
+        return perplexity(window_losses(decoder, text.windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
 
 
-def print_table(result, label):
+def describe(args, text, removed, sizes, dense, pruned):
+    """Return the result before the tasks, as a dict."""
+    from lib.model import versions
+
+    (dense_parameters, _), (parameters, _) = sizes
+    label = "NOT A RESULT, --limit: " + " ".join(f"{k or 'all'}={v}" for k, v in args.limit.items())
+    return {
+        "model": args.model_path,
+        "order_file": args.ppl_search_file,
+        "removed": [str(b) for b in removed],
+        "dense_parameters": dense_parameters,
+        "parameters": parameters,
+        "pruning_ratio_percent": 100 * (1 - parameters / dense_parameters),
+        **text.about,
+        "dense_perplexity": dense,
+        "perplexity": pruned,
+        "limit": label if args.limit else None,
+        "num_fewshot": args.num_fewshot,
+        "dtype": args.compute_dtype,
+        "device": args.device,
+        "versions": versions(),
+        "tasks": {},
+    }
+
+
+def print_measured(result, sizes):
+    (dense_parameters, dense_bytes), (parameters, left) = sizes
+    if result["limit"]:
+        print(result["limit"])
+    print(f"removed       {len(result['removed'])} blocks: {' '.join(result['removed']) or 'none'}")
+    print(
+        f"size          {dense_parameters:,} -> {parameters:,} parameters, "
+        f"{dense_bytes / 2**20:,.1f} -> {left / 2**20:,.1f} MiB, "
+        f"pruning ratio {result['pruning_ratio_percent']:.2f} %"
+    )
+    print(f"perplexity    {result['dense_perplexity']:.4f} -> {result['perplexity']:.4f}")
+
+
+def write_export(args, removed, meta, result):
+    """Write --export-path and put what was written into the result; return the error where that fails, else None."""
+    from lib.export.write import export
+
+    keys = "dataset", "dense_perplexity", "perplexity", "windows", "seqlen", "limit"
+    try:
+        result["export"] = export(
+            args.model_path,
+            removed,
+            args.export_path,
+            compute_dtype=args.compute_dtype,
+            meta=meta,
+            trust_remote_code=args.trust_remote_code,
+            versions=result["versions"],
+            evaluated={key: result[key] for key in keys},
+        )
+        print(f"export        {args.export_path}, format {result['export']['format']}")
+    except (ValueError, OSError) as error:
+        return error
+
+
+def print_table(result):
     """Print the paper's table: the dense row's perplexity, and everything measured of the model evaluated."""
     from lib.tasks import TITLES
 
@@ -220,8 +197,8 @@ def print_table(result, label):
     name = f"{len(result['removed'])} blocks removed" if result["removed"] else "dense"
     rows.append([name, f"{result['pruning_ratio_percent']:.2f}", f"{result['perplexity']:.2f}", *cells])
     flags.print_aligned(rows)
-    if label:
-        print(label)
+    if result["limit"]:
+        print(result["limit"])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 All of it is known from the model's modules, before any weight is read.
 
-    plan = candidates(find_layers(skeleton(path)), parameter_count(skeleton(path)), "layer", ratio=0.2, first=4, last=2)
-    plan.enough(order)    # how many of these removals reach 20 %, None where they are too few
+    bare = skeleton(path)
+    chosen = candidates(find_layers(bare), parameter_count(bare), "layer", ratio=0.2, first=4, last=2)
+    chosen.enough(order)    # how many of these removals reach 20 %, None where they are too few
 """
 
 import math
@@ -42,39 +43,43 @@ def candidates(layers, total, block_type, number=0, ratio=None, first=0, last=0,
     L, size = len(layers), 2 if block_type == "layer" else 1
     n = L - first - last
     if n < 0:
-        raise ValueError(f"--protect-first {first} --protect-last {last}: the model has {L} layers; protect 0..{L}")
+        raise ValueError(f"{first} lowest and {last} topmost layers to protect: the model has {L}; protect 0..{L}")
     kinds = KINDS if block_type == "mix" else (block_type,)
     units = [Block(kind, i) for kind in kinds for i in range(first, L - last)]
     most = len(units) * size
     what = {"mix": f"{n} mha + {n} mlp", "layer": f"{n} layers"}.get(block_type, f"all {block_type}")
     what = f"{most} blocks ({what}{f', {L - n} of {L} layers protected' if n < L else ''})"
     if number > most:
-        raise ValueError(f"--del-block-num {number}: the model has {what}; use 0..{most}")
+        raise ValueError(f"{number} blocks to remove: the model has {what}; use 0..{most}")
+    if number % size:
+        raise ValueError(f"{number} blocks to remove: whole layers go, which are two blocks each; use an even number")
     if ratio is None:
         return _counted(layers, units, size, number, number // 2 if consecutive else None)
-
-    def removed(blocks):
-        return block_parameters(layers, blocks)
-
     wanted = ratio * total
-    if removed(units) < wanted:
-        reach = math.floor(1e4 * removed(units) / total) / 1e4
-        raise ValueError(f"--target-ratio {ratio}: {what} hold {reach} of the model's parameters; use at most that")
+    if block_parameters(layers, units) < wanted:
+        reach = math.floor(1e4 * block_parameters(layers, units) / total) / 1e4
+        raise ValueError(f"a share of {ratio} to remove: {what} hold {reach} of the parameters; use at most that")
     if consecutive:  # so many layers that every run of them is enough
         runs = (
             [[Block("layer", j) for j in range(i, i + k)] for i in starts(L, k, first, last)] for k in range(1, n + 1)
         )
-        window = next(k for k, choice in enumerate(runs, 1) if all(removed(run) >= wanted for run in choice))
+        window = next(
+            k for k, choice in enumerate(runs, 1) if all(block_parameters(layers, run) >= wanted for run in choice)
+        )
         return _counted(layers, units, size, 2 * window, window)
-    smallest_first = list(accumulate(sorted(removed([unit]) for unit in units)))
+    smallest_first = list(accumulate(sorted(block_parameters(layers, [unit]) for unit in units)))
     most = min(most, size * (1 + bisect_left(smallest_first, wanted)))
+    return Candidates(layers, units, size, most, None, lambda order: enough(layers, order, wanted, size))
 
-    def enough(order):
-        k = bisect_left(range(len(order) + 1), wanted, key=lambda k: removed(order[:k]))
-        k += k % size  # a layer goes whole
-        return k if k <= len(order) else None
 
-    return Candidates(layers, units, size, most, None, enough)
+def enough(layers, order, wanted, size=1):
+    """Return the fewest removals of an order that take `wanted` parameters, None where all of them do not.
+
+    layers: decoder layers with or without weights. size: blocks that go together, 2 where the order is of whole layers.
+    """
+    k = bisect_left(range(len(order) + 1), wanted, key=lambda k: block_parameters(layers, order[:k]))
+    k += -k % size
+    return k if k <= len(order) else None
 
 
 def starts(n_layers, n, first=0, last=0):

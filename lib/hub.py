@@ -38,7 +38,7 @@ def locate(path):
         _check_folder(path, local)
         return str(local), None
     if path.lower().endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ValueError(f"--model-path {path}: no such file or folder")
+        raise ValueError(f"{path}: no such file or folder")
     _check_hub(path)
     return path, None
 
@@ -125,21 +125,19 @@ def _check_hub(name):
         if not cached and not unreachable:
             huggingface_hub.model_info(name, timeout=10)
     except HFValidationError:
-        raise ValueError(f"--model-path {name}: no such folder, and not a hub id (owner/name)") from None
+        raise ValueError(f"{name}: no such folder, and not a hub id (owner/name)") from None
     except GatedRepoError:
         raise ValueError(
-            f"--model-path {name}: gated on the hub; accept its licence there and log in with `hf auth login`"
+            f"{name}: gated on the hub; accept its licence there and log in with `hf auth login`"
         ) from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "an error")
-        raise ValueError(
-            f"--model-path {name}: no such folder, and the hub answered {status}; check the name or log in"
-        ) from None
+        raise ValueError(f"{name}: no such folder, and the hub answered {status}; check the name or log in") from None
     except Exception as error:  # the HTTP client's own connection errors have changed class over versions
         unreachable = type(error).__name__
     if unreachable and not cached:
         raise ValueError(
-            f"--model-path {name}: no such folder here, and the hub cannot be reached ({unreachable}); "
+            f"{name}: no such folder here, and the hub cannot be reached ({unreachable}); "
             "give a local path: a folder with config.json, tokenizer and *.safetensors, or a .gguf file"
         )
     _checked_hub.add(name)

@@ -1,8 +1,8 @@
 """How much a model needs its blocks or layers: one function a metric, the lowest score is removed first.
 
-METRICS score blocks ("mha", i), ("mlp", i) or layers ("layer", i) of the model as it is and remove the
-first K of `ranked`: every unit is judged once. The iterative searches are in lib.search. WINDOW_METRICS
-score every run of n consecutive layers and remove one run. Sources, by name:
+METRICS is the one table of them. What is "searched" is judged anew after each removal, by lib.search. What is judged
+"once" scores blocks ("mha", i), ("mlp", i) or layers ("layer", i) of the model as it is and removes the first K of
+`ranked`. A "run" scores every run of n consecutive layers and removes one. Sources, by name:
 
     bi               block influence: ShortGPT, arXiv 2403.03853; for blocks: LLM-Drop, arXiv 2406.15786
     rm               relative magnitude: Samragh et al., arXiv 2309.02784
@@ -14,21 +14,23 @@ score every run of n consecutive layers and remove one run. Sources, by name:
     window_ppl       the depth-wise pruner of AMD Quark
     window_cos       the selection of LLM-Streamline, arXiv 2403.19135
 
-    scores = METRICS["bi"](decoder, decoder.blocks("layer"), windows)
+    scores = METRICS["bi"].function(decoder, decoder.blocks("layer"), windows)
     order = ranked(scores)[:7]
 """
 
 import contextlib
 import math
 from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from lib.blocks import Block
 from lib.candidates import starts
+from lib.engines import Cached, Streamed, judge
 from lib.evaluate import OBJECTIVES, perplexity, window_losses
 from lib.memory import DEVICE_SHARE, free_bytes
-from lib.search import NoFiniteCandidate, cached, streamed
 from lib.similarity import similarities
 
 
@@ -66,7 +68,7 @@ def kl(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
 
 def magnitude(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     """Return the sum of abs(w) over all parameters that leave with the unit: weights, biases, its norms."""
-    check_weights(decoder, units, "--metric magnitude")
+    require_weights(decoder, units, "magnitude")
     scores = {}
     for unit in units:
         with decoder.resident(unit.layer):
@@ -82,7 +84,7 @@ def taylor(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     memory where the device has no room for them. Raises ValueError where there are no gradients: quantised or
     offloaded weights.
     """
-    check_weights(decoder, units, "--metric taylor", inside=True)
+    require_weights(decoder, units, "taylor", inside=True)
     parts = {unit: decoder.parameters([unit]) for unit in units}
     wanted = {id(p): p for parameters in parts.values() for p in parameters}
     with _gradients(decoder.model, wanted.values()) as gradients:
@@ -114,18 +116,6 @@ def random(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     """Return a draw that `seed` decides."""
     draw = torch.rand(len(units), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return dict(zip(units, draw.tolist(), strict=True))
-
-
-METRICS = {
-    "bi": bi,
-    "rm": rm,
-    "taylor": taylor,
-    "magnitude": magnitude,
-    "ppl": ppl,
-    "kl": kl,
-    "last": last,
-    "random": random,
-}
 
 
 # ---- one score for each run of n consecutive layers ----------------------------------------------
@@ -185,13 +175,46 @@ def window_ppl(decoder, n, windows, *, batch_size=8, first=0, last=0, progress=N
     return {i: goal.score(losses[i]) for i in windows_of}
 
 
-WINDOW_METRICS = {"angular": angular, "window_ppl": window_ppl, "window_cos": window_cos}
+# ---- the table -----------------------------------------------------------------------------------
+
+
+class Metric(NamedTuple):
+    """A way to choose what goes.
+
+    kind: "searched" step by step, every unit judged "once", or one "run" of consecutive layers. function: an objective
+    of lib.evaluate of what is searched, else a function of this file. about: what it is, in a few words. passes: how
+    many passes of all windows it takes, None for one a unit (or run). weights: "dense" where it works on unquantised
+    weights, "inside" where it needs them in memory, too.
+    """
+
+    kind: str
+    function: Callable
+    about: str
+    passes: int | None = None
+    weights: str | None = None
+
+
+METRICS = {
+    "ppl": Metric("searched", OBJECTIVES["ppl"], "perplexity without the unit (BlockPruner, SLEB)"),
+    "kl": Metric("searched", OBJECTIVES["kl"], "divergence from the dense model (EvoPress's fitness)"),
+    "ppl-oneshot": Metric("once", ppl, "perplexity without the unit (Shortened LLaMA)"),
+    "kl-oneshot": Metric("once", kl, "divergence from the dense model without the unit"),
+    "bi": Metric("once", bi, "block influence, 1 - cos of what enters and leaves (ShortGPT)", passes=1),
+    "rm": Metric("once", rm, "relative magnitude of what the unit adds (Samragh et al.)", passes=1),
+    "taylor": Metric("once", taylor, "sum of |weight x gradient| (Shortened LLaMA)", passes=3, weights="inside"),
+    "magnitude": Metric("once", magnitude, "sum of |weight|", passes=0, weights="dense"),
+    "last": Metric("once", last, "from the top down, a baseline", passes=0),
+    "random": Metric("once", random, "a draw, a baseline", passes=0),
+    "angular": Metric("run", angular, "angle between a run's ends (Gromov et al.)", passes=1),
+    "window_ppl": Metric("run", window_ppl, "perplexity without the run (Quark)"),
+    "window_cos": Metric("run", window_cos, "1 - cos of a run's ends (LLM-Streamline)", passes=1),
+}
 
 
 # ---- what metrics need ---------------------------------------------------------------------------
 
 
-def check_weights(decoder, units, method, inside=False):
+def require_weights(decoder, units, method, inside=False):
     """Raise ValueError, naming the method, where the weights of `units` are quantised, or `inside` and offloaded."""
     name = type(decoder.model).__name__
     layers = {unit.layer for unit in units}
@@ -204,8 +227,8 @@ def check_weights(decoder, units, method, inside=False):
         )
     if inside and any(p.is_meta for i in layers for p in decoder.layers[i].parameters()):
         raise ValueError(
-            f"{method}: needs gradients or all weights at once, and the layers of this {name} are offloaded; drop "
-            "--offload, give it enough memory, or take another method"
+            f"{method}: needs gradients or all weights at once, and the layers of this {name} are offloaded; load "
+            "it into memory, or take another method"
         )
 
 
@@ -252,11 +275,8 @@ def _gradients(model, parameters):
 
 def _masked(decoder, units, windows, batch_size, progress, objective):
     """Return the objective with each of `units` masked alone, by the engine for a model that fits or does not."""
-    engine = streamed if decoder.offloaded else cached
-    options = {} if decoder.offloaded else {"cache_bytes": 0}  # nothing is used twice
-    advance = (lambda unit, n, score: progress(n)) if progress else None
-    try:
-        step = next(engine(decoder, units, windows, 1, (), batch_size, advance, objective, **options))
-    except NoFiniteCandidate as error:
-        return error.scores
-    return step.scores
+    if decoder.offloaded:
+        engine = Streamed(decoder, units, windows, batch_size, objective)
+    else:
+        engine = Cached(decoder, units, windows, batch_size, objective, cache_bytes=0)  # nothing is used twice
+    return judge(engine, units, progress=progress)

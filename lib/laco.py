@@ -22,7 +22,7 @@ from torch import nn
 
 from lib.blocks import KINDS, Block, blocks_of
 from lib.edits import Edit, holding
-from lib.importance import check_weights
+from lib.importance import require_weights
 
 HALVINGS = 12  # of the threshold's range, to 0.0005; each costs only states not compared before
 
@@ -138,7 +138,7 @@ def merge_sizes(remove):
 def check_mergeable(decoder):
     """Raise ValueError where a decoder's layers are no stack of linear projections of the same shapes."""
     model, name = decoder.model, type(decoder.layers[0]).__name__
-    check_weights(decoder, [Block("layer", i) for i in range(decoder.n_layers)], "LaCo", inside=True)
+    require_weights(decoder, [Block("layer", i) for i in range(decoder.n_layers)], "LaCo", inside=True)
     shapes = [[(n, p.shape) for n, p in projections(decoder, i)] for i in range(decoder.n_layers)]
     if any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"LaCo: the layers of {type(model).__name__} differ in shape and cannot be merged")

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import logging
+import platform
 import re
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
     kwargs = {"dtype": DTYPES[dtype], "trust_remote_code": trust_remote_code, "output_loading_info": True}
     kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
     if offload and gguf:
-        raise ValueError(f"--offload: not from a .gguf file ({path}); give a folder with config.json and *.safetensors")
+        raise ValueError(f"{path}: layers are not offloaded from a .gguf file; give a folder with *.safetensors")
     device_map = _device_map(path, dtype, device, trust_remote_code, offload)
     if device_map is not None:
         kwargs["device_map"] = device_map
@@ -59,13 +60,13 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
     if mismatched:
         name, there, wanted = mismatched[0]
         raise ValueError(
-            f"--model-path {path}: {len(mismatched)} weights have another shape than config.json says ({name}: "
+            f"{path}: {len(mismatched)} weights have another shape than config.json says ({name}: "
             f"{tuple(there)} there, {tuple(wanted)} wanted); give a checkpoint and the config.json it was saved with"
         )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"--model-path {path}: {len(missing)} weights are not in the checkpoint and would be random "
+            f"{path}: {len(missing)} weights are not in the checkpoint and would be random "
             f"({', '.join(missing[:3])}, ...); give a complete checkpoint of {type(model).__name__}"
         )
     _check_complete(path, where, model, info)
@@ -120,13 +121,13 @@ def load_config(path, trust_remote_code=False):
             config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(
-            f"--model-path {path}: {type(config).__name__} is an encoder-decoder; "
+            f"{path}: {type(config).__name__} is an encoder-decoder; "
             "blocks are searched in decoder-only language models"
         )
     classes = config.architectures or []
     if classes and not any("CausalLM" in name or "LMHead" in name for name in classes):
         raise ValueError(
-            f"--model-path {path}: {', '.join(classes)} is no causal language model; "
+            f"{path}: {', '.join(classes)} is no causal language model; "
             "use a checkpoint whose architecture ends in ForCausalLM or LMHeadModel"
         )
     return config
@@ -260,15 +261,15 @@ def check_device(device):
     try:
         kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
-        raise ValueError(f"--device {device}: unknown device; use cpu, cuda or cuda:N") from None
+        raise ValueError(f"{device}: unknown device; use cpu, cuda or cuda:N") from None
     if kind == "cpu":
         return
     if kind != "cuda":
-        raise ValueError(f"--device {device}: only cpu and cuda are supported")
+        raise ValueError(f"{device}: only cpu and cuda are supported")
     if not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA GPU is visible to torch {torch.__version__}; use --device cpu")
+        raise ValueError(f"{device}: no CUDA GPU is visible to torch {torch.__version__}; use cpu")
     if index >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: {torch.cuda.device_count()} GPU(s) visible, numbered from 0")
+        raise ValueError(f"{device}: {torch.cuda.device_count()} GPU(s) visible, numbered from 0")
 
 
 def dtype_note(device, dtype):
@@ -278,7 +279,7 @@ def dtype_note(device, dtype):
     native = "_is_amx_tile_supported", "_is_avx512_bf16_supported" if dtype == "bf16" else "_is_amx_fp16_supported"
     if any(getattr(torch.cpu, name, lambda: True)() for name in native):
         return None
-    return f"this CPU computes {dtype} without instructions of its own; --compute-dtype fp32 is likely faster here"
+    return f"this CPU computes {dtype} without instructions of its own; fp32 is likely faster here"
 
 
 @contextlib.contextmanager
@@ -292,10 +293,10 @@ def readable(path, what):
         reason = f"{type(error).__name__}: {shorten(str(error), 250, placeholder=' ...')}"
         hint = HINTS["gguf" if str(path).endswith(".gguf") else what]
         if "trust_remote_code" in str(error):
-            reason, hint = "it runs code of its own", "read that code, then pass --trust-remote-code"
+            reason, hint = "it runs code of its own", "read that code, then allow it"
         elif isinstance(error, ImportError):
             hint = "install what it asks for"
-        raise ValueError(f"--model-path {path}: cannot read its {what} ({reason}); {hint}") from error
+        raise ValueError(f"{path}: cannot read its {what} ({reason}); {hint}") from error
 
 
 @contextlib.contextmanager
@@ -382,6 +383,13 @@ def check_whole(config, path):
     """Raise ValueError for an export of format hf: its blocks are not numbered as those of a whole model."""
     if hasattr(config, "source_blocks"):
         raise ValueError(
-            f"--model-path {path}: a pruned export ({config.model_type}), whose blocks have moved; give its base model "
+            f"{path}: a pruned export ({config.model_type}), whose blocks have moved; give its base model "
             f"{config.pruning_info['base_model']}, and an order that removes more"
         )
+
+
+def versions():
+    """Return the versions that decide numbers, for result files."""
+    import transformers
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -13,6 +13,8 @@ import logging
 import sys
 from pathlib import Path
 
+from lib.hub import hub_error
+
 TITLES = {  # the columns of the paper's tables
     "piqa": "PIQA",
     "winogrande": "WinoGrande",
@@ -117,6 +119,20 @@ def check_tasks(names, task_data=None, num_fewshot=0) -> None:
             "rows only, the harness draws examples from the training split; use 0, "
             "or leave the task data out"
         )
+
+
+def check_rows(names, task_data=None) -> None:
+    """Raise ValueError where a task's rows are neither local, nor on a hub in reach, nor cached; it takes seconds."""
+    if task_data is not None or not hub_error():
+        return
+    for name in names:
+        try:
+            task_manager(hub=True).load([name])
+        except ConnectionError:
+            raise ValueError(
+                f"{name}: its rows are not cached and the hub cannot be reached ({hub_error()}); fetch them where "
+                "there is a network, or give a folder with the tasks' .jsonl files"
+            ) from None
 
 
 def check_harness_task(name: str) -> None:

@@ -1,8 +1,8 @@
 """The states of one batch on its way through the decoder, shared between candidates.
 
-All candidates share the base model's states up to the layer of their block. After a removal at layer
-q, whatever was on its way with an earlier block masked is still right up to layer q: such states are
-kept, at the layer boundaries that a memory budget allows, and the next iteration continues from them.
+All candidates share the base model's states up to the layer of their block. After a block of layer q is removed, or put
+back, whatever was on its way with an earlier block masked is still right up to layer q: such states are kept, at the
+layer boundaries that a memory budget allows, and the next iteration continues from them.
 With n blocks left and the last removal at x = p/n of the depth an iteration costs (1 - x^2)/2 of an
 exhaustive one. What is computed is exactly what a run from the first layer computes, so per-window
 losses are bit-identical to it.
@@ -17,9 +17,10 @@ class Trajectories:
     losses: function of the states (B, T, H) after the last layer to token losses (B, n).
     """
 
-    def __init__(self, decoder, stream, plan, store, losses):
-        self.decoder, self.stream, self.plan, self.store, self.losses = decoder, stream, plan, store, losses
+    def __init__(self, decoder, stream, keeping, store, losses):
+        self.decoder, self.stream, self.keeping, self.store, self.losses = decoder, stream, keeping, store, losses
         self.kept = {}  # block, or None for the base model -> {layer: the state entering it}
+        self.removed = frozenset()  # on top of which they were computed
 
     def token_losses(self, candidates, removed):
         """Yield (block, token losses (B, n)) with that block or layer masked on top of `removed`, by depth.
@@ -27,6 +28,7 @@ class Trajectories:
         Only what no kept state covers is computed, and only as deep as a candidate needs it.
         """
         decoder, stream = self.decoder, self.stream
+        self._rebase(removed)
         deepest = max((block.layer for block in candidates), default=-1)
         x = stream.h
         for i in range(deepest + 1):
@@ -44,16 +46,14 @@ class Trajectories:
             if i < deepest:
                 x = self._advance(i, x, mid, removed)
 
-    def removal_at(self, layer):
-        """Forget what a removal in `layer` makes wrong: every state that has passed it."""
+    def _rebase(self, removed):
+        """Forget what is wrong without `removed`: every state past the lowest layer whose blocks went or came back."""
+        changed = self.removed.symmetric_difference(removed)
+        self.removed = frozenset(removed)
+        lowest = min((block.layer for block in changed), default=self.decoder.n_layers)
         for states in self.kept.values():
-            for passed in [i for i in states if i > layer]:
+            for passed in [i for i in states if i > lowest]:
                 self.store.drop(states.pop(passed))
-
-    def forget(self, block):
-        """Drop the states of a block that is no candidate any more."""
-        for kept in self.kept.pop(block, {}).values():
-            self.store.drop(kept)
 
     def _resume(self, block):
         """Return (layer, state entering it) of the deepest kept state with `block` masked, (None, None) without."""
@@ -63,9 +63,9 @@ class Trajectories:
         return max(states), self.store.get(states[max(states)], self.stream.h)
 
     def _finish(self, block, start, h, removed):
-        """Run layers start.. on h, keeping states where the plan says, and return the last."""
+        """Run layers start.. on h, keeping states where `keeping` says, and return the last."""
         for i in range(start, self.decoder.n_layers):
-            if i in self.plan.boundaries:
+            if i in self.keeping.boundaries:
                 self._keep(block, i, h)
             h = self.decoder.run(i, self.decoder.kinds(i, removed), h, self.stream)
         return h
@@ -78,7 +78,7 @@ class Trajectories:
         if mid is not None:
             kinds, x = tuple(kind for kind in kinds if kind != "mha"), mid
         h = self.decoder.run(i, kinds, x, self.stream)
-        if self.plan.base:
+        if self.keeping.base:
             self._keep(None, i + 1, h)
         return h
 
@@ -88,7 +88,7 @@ class Trajectories:
             states[layer] = held
 
 
-class Plan:
+class Keeping:
     """Which states to keep. base: the base model's at every boundary; boundaries: layers where candidates' are kept."""
 
     def __init__(self, blocks, n_layers, state_bytes, budget):

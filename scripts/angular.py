@@ -28,36 +28,28 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.decoder import Decoder
+    with parser.user_errors():  # everything that can fail fails before weights are read
+        flags.check_folder(args.output_dir, "--output-dir")
+        bare = flags.open_bare(args)
+        dtype = check(args, bare)
+        text = flags.open_text(args, flags.open_tokenizer(args), bare)
+        decoder = flags.open_decoder(args, text.windows)
+    flags.print_opened(args, text, decoder)
+
     from lib.files import to_json, write_file
     from lib.importance import ranked
-    from lib.model import default_device, load_model, load_tokenizer
     from lib.similarity import similarities
 
-    args.device = args.device or default_device()
-    with parser.user_errors():  # everything that can fail fails before weights are read
-        dtype = check(args)
-        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-        corpus, _, windows = flags.read_windows(args, tokenizer)
-        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
-        flags.check_tokens(windows, model)
-        decoder = Decoder(model)
     L = decoder.n_layers
-    print(f"model         {args.model_path}: {L} layers, {args.device}, {args.compute_dtype}")
-    print(
-        f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
-        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens",
-        flush=True,
-    )
     with parser.full_gpu("take a smaller --ppl-eval-batch-size"):
-        found = similarities(decoder, (), windows, args.ppl_eval_batch_size).angular
+        found = similarities(decoder, (), text.windows, args.ppl_eval_batch_size).angular
     distances = {n: {i: found[i, i + n].item() for i in range(L - n + 1)} for n in range(1, L + 1)}
     with parser.user_errors():
         if not all(map(ranked, distances.values())):
-            raise ValueError(f"--compute-dtype {args.compute_dtype}: states are not finite; try fp32")
+            raise ValueError(f"--compute-dtype {args.compute_dtype}: states are not finite{flags.try_fp32(args)}")
         write_file(Path(args.output_dir) / "distances.csv", table(distances).encode())
         draw(Path(args.output_dir) / "distances.png", distances)
-        result = {"distances": str(Path(args.output_dir) / "distances.csv"), "layers": L, "windows": len(windows)}
+        result = {"distances": str(Path(args.output_dir) / "distances.csv"), "layers": L, "windows": len(text.windows)}
         for n in sorted({1, 2, 4, 8, 16, args.layers_to_skip or 1} & set(distances)):
             start = ranked(distances[n])[0]
             print(f"nearest       {n:3d} layers: {start}..{start + n - 1}, distance {distances[n][start]:.4f}")
@@ -101,12 +93,10 @@ def slices(model_path, n_layers, start, n, dtype):
     return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}"]) + "\n"
 
 
-def check(args):
-    """Raise ValueError for what flags, folders and the configuration already tell; return the checkpoint's dtype."""
+def check(args, bare):
+    """Raise ValueError where --layers-to-skip cannot work; return the checkpoint's dtype."""
     from lib.decoder import find_layers
 
-    flags.check_folder(args.output_dir, "--output-dir")
-    bare = flags.check_search(args)
     L = len(find_layers(bare))
     if args.layers_to_skip and args.layers_to_skip >= L:
         raise ValueError(f"--layers-to-skip {args.layers_to_skip}: {args.model_path} has {L} layers; use 1..{L - 1}")

@@ -13,7 +13,6 @@ repeat, so that a noisy machine slows all of them; one turn before is warm-up. R
 import argparse
 import contextlib
 import functools
-import io
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,12 +88,12 @@ def main(argv=None):
 
     from lib.files import to_json, write_json
     from lib.measure import device_name, interleaved
-    from lib.model import default_device, dtype_note
+    from lib.model import default_device, dtype_note, versions
 
     args.device = args.device or default_device()
     if args.threads:
         torch.set_num_threads(args.threads)
-    with parser.user_errors(), positional():  # everything that can fail fails before weights are read
+    with parser.user_errors():  # everything that can fail fails before weights are read
         vocabulary, order, meta = check(args)
         subjects = load(args, order)
     if order:
@@ -135,24 +134,16 @@ def main(argv=None):
         "repeats": args.repeats,
         "warm_up": 1,
         "seed": SEED,
-        "versions": flags.versions(),
+        "versions": versions(),
         "models": models,
     }
     if args.output_path:
         write_json(args.output_path, summary)
     if args.plot:
-        draw(args.plot, summary)
+        from lib.report import pictures
+
+        pictures.save(pictures.draw(pictures.speeds(summary)), args.plot)
     print(to_json(summary))
-
-
-@contextlib.contextmanager
-def positional():
-    """Within this context a ValueError of the library speaks of MODEL, as this command line does."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error).replace("--model-path", "MODEL")
-        raise ValueError(text if text.startswith(("--", "MODEL")) else f"MODEL {text}") from error
 
 
 def check(args):
@@ -162,10 +153,12 @@ def check(args):
     """
     from lib.model import DTYPES, check_device, parameter_count, skeleton
 
-    check_device(args.device)
+    with flags.naming("--device"):
+        check_device(args.device)
     flags.check_file(args.output_path, "--output-path")
     check_plot(args.plot)
-    bare = [skeleton(path, args.trust_remote_code) for path in args.models]
+    with flags.naming("MODEL"):
+        bare = [skeleton(path, args.trust_remote_code) for path in args.models]
     most = max(args.prompt_lengths) + args.new_tokens
     for path, model in zip(args.models, bare, strict=True):
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -178,7 +171,7 @@ def check(args):
     need, free = sum(map(parameter_count, bare)) * DTYPES[args.compute_dtype].itemsize, free_memory(args.device)
     if need > free:
         raise ValueError(
-            f"{' '.join(args.models)}: {need / 2**30:,.1f} GiB of weights in {args.compute_dtype}, but "
+            f"MODEL {' '.join(args.models)}: {need / 2**30:,.1f} GiB of weights in {args.compute_dtype}, but "
             f"{free / 2**30:,.1f} GiB are free on {args.device}; compare fewer models at a time, or in a "
             "smaller --compute-dtype"
         )
@@ -216,7 +209,7 @@ def first_of(args):
     return argparse.Namespace(
         model_path=args.models[0],
         ppl_search_file=args.ppl_search_file,
-        del_ratio=None,
+        target_ratio=None,
         del_block_num=max(args.del_block_num),
     )
 
@@ -237,7 +230,8 @@ def load(args, order):
     from lib.decoder import Decoder
     from lib.model import load_model
 
-    models = [load_model(path, args.compute_dtype, args.device, args.trust_remote_code) for path in args.models]
+    with flags.naming("MODEL"):
+        models = [load_model(path, args.compute_dtype, args.device, args.trust_remote_code) for path in args.models]
     if order is None:
         return [Subject(*named) for named in zip(names(args.models), args.models, models, strict=True)]
     decoder, counts = Decoder(models[0]), dict.fromkeys(args.del_block_num)
@@ -334,35 +328,6 @@ def print_speeds(models):
 
 def times(value, base):
     return f"{value / base:.2f}x" if value is not None and base else "-"
-
-
-def draw(path, summary):
-    """Draw medians of prefill and decode tokens per second, with lowest and highest, as bars by setting and model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from lib.files import write_file
-
-    models = summary["models"]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    width = 0.8 / len(models)
-    for axes, what in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
-        for m, model in enumerate(models):
-            spreads = [speed[f"{what}_tokens_per_second"] for speed in model["speed"]]
-            medians = [s["median"] for s in spreads]
-            errors = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
-            at = [i + (m - (len(models) - 1) / 2) * width for i in range(len(spreads))]
-            axes.bar(at, medians, width, yerr=errors, capsize=3, label=model["name"])
-        axes.set_xticks(
-            range(len(models[0]["speed"])), [f"{s['batch_size']} x {s['prompt_length']}" for s in models[0]["speed"]]
-        )
-        axes.set_xlabel("prompts x tokens")
-        axes.set_ylabel("tokens/s")
-        axes.set_title(f"{what}, {summary['dtype']} on {summary['device']}")
-    axes.legend()
-    figure.savefig(png := io.BytesIO(), format="png")
-    write_file(path, png.getvalue())
 
 
 if __name__ == "__main__":

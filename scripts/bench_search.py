@@ -45,10 +45,7 @@ def parse_args(argv=None):
         default=None,
         help="time so many exhaustive removals, scale by the block forwards of all",
     )
-    parser.add_argument("--cache-gb", type=flags.size, default=None, help="memory for kept states, GiB")
-    parser.add_argument(
-        "--race-confidence", type=flags.size, default=flags.RACE_CONFIDENCE, help="as in block_search.py"
-    )
+    flags.add_engine_flags(parser)
     parser.add_argument("--race-batch-size", type=flags.positive, default=1, help="windows per decision of the race")
     parser.add_argument("--output-path", help="result file (.json)", default=None)
     args = parser.parse_args(argv)
@@ -60,26 +57,20 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.decoder import Decoder
     from lib.evaluate import window_losses
     from lib.files import to_json, write_json
     from lib.measure import device_name
-    from lib.model import check_device, default_device, parameter_count
+    from lib.model import parameter_count, versions
     from lib.search import NoFiniteCandidate
 
-    args.device = args.device or default_device()
     with parser.user_errors():
-        check_device(args.device)
         flags.check_file(args.output_path, "--output-path")
-        model, windows = random_model(args) if args.random_config else real_model(args)
-        decoder = Decoder(model)
+        decoder, windows = random_model(args) if args.random_config else real_model(args)
     blocks, K = decoder.blocks(args.block_type), args.del_block_num
     if K >= len(blocks):
         parser.error(f"--del-block-num {K}: {len(blocks)} blocks; use 1..{len(blocks) - 1}")
-    print(
-        f"model    {args.model_path or args.random_config} / {args.scale}: {parameter_count(model):,} parameters, "
-        f"{args.device}, {args.compute_dtype}"
-    )
+    name, size = args.model_path or args.random_config, parameter_count(decoder.model)
+    print(f"model    {name} / {args.scale}: {size:,} parameters, {args.device}, {args.compute_dtype}")
     print(f"text     {len(windows)} windows of {windows.shape[1]} = {windows.numel():,} tokens, K = {K}", flush=True)
 
     if args.cache_gb is None:
@@ -93,7 +84,7 @@ def main(argv=None):
         try:
             rounds = [interleave(args, decoder, blocks, windows) for _ in range(args.rounds)]
         except NoFiniteCandidate as error:
-            parser.error(f"{error}; try --compute-dtype fp32")
+            parser.error(f"{error}{flags.try_fp32(args)}")
     n, total = len(blocks), len(decoder.blocks())
     results = {name: summarise(name, args, [r[name] for r in rounds], n, total) for name in args.engines}
     orders = {name: [str(s.block) for s in rounds[0][name]] for name in args.engines}
@@ -112,7 +103,7 @@ def main(argv=None):
             result["fewer_block_forwards"] = base["block_forwards"] / result["block_forwards"]
         result |= compared(name, rounds[0])
         result["order"] = orders[name]
-        result["perplexities"] = [s.perplexity for s in rounds[0][name]]
+        result["perplexities"] = [s.score for s in rounds[0][name]]
     whole = [steps for name, steps in rounds[0].items() if name != "race" and len(steps) == K]
     formula = formula_ratio([s.block for s in whole[0]], blocks, decoder) if whole else None
     print_table(results)
@@ -131,7 +122,7 @@ def main(argv=None):
         "rounds": args.rounds,
         "formula_ratio": formula,
         "matrix_peak_tflops_per_second": peak,
-        "versions": flags.versions(),
+        "versions": versions(),
         "engines": results,
     }
     if args.output_path:
@@ -139,16 +130,16 @@ def main(argv=None):
     print(to_json(summary))
 
 
-def engine(args, name, decoder, blocks, windows):
+def searching(args, name, decoder, blocks, windows):
     """Return the generator of Steps of one engine."""
-    from lib.search import ENGINES
+    from lib.engines import ENGINES
+    from lib.search import greedy
 
-    options = {"batch_size": args.ppl_eval_batch_size}
-    if name != "exhaustive":
-        options["cache_bytes"] = int(args.cache_gb * 2**30)
-    if name == "race":
-        options |= {"confidence": args.race_confidence, "batch_size": args.race_batch_size}
-    return ENGINES[name](decoder, blocks, windows, args.del_block_num, **options)
+    racing = name == "race"
+    B = args.race_batch_size if racing else args.ppl_eval_batch_size
+    options = {} if name == "exhaustive" else {"cache_bytes": int(args.cache_gb * 2**30)}
+    engine = ENGINES["cached" if racing else name](decoder, blocks, windows, B, **options)
+    return greedy(engine, blocks, args.del_block_num, confidence=args.race_confidence if racing else math.inf)
 
 
 def interleave(args, decoder, blocks, windows):
@@ -161,7 +152,7 @@ def interleave(args, decoder, blocks, windows):
         synchronize(args.device)
         steps[name].append(Timed(step, time.perf_counter() - start, decoder.counts - before))
 
-    running = {name: engine(args, name, decoder, blocks, windows) for name in args.engines}
+    running = {name: searching(args, name, decoder, blocks, windows) for name in args.engines}
     steps = {name: [] for name in args.engines}
     for k in range(args.del_block_num):
         for name in args.engines:
@@ -170,7 +161,7 @@ def interleave(args, decoder, blocks, windows):
             memory = peak_memory(lambda e=name: take(e), args.device)
             step, seconds = steps[name][-1], steps[name][-1].seconds
             step.peak_memory = memory
-            print(f"{k + 1:4d}  {name:10s} {step.block!s:6s} {step.perplexity:12.4f} {seconds:9.2f} s", flush=True)
+            print(f"{k + 1:4d}  {name:10s} {step.block!s:6s} {step.score:12.4f} {seconds:9.2f} s", flush=True)
     return steps
 
 
@@ -179,7 +170,7 @@ class Timed:
 
     def __init__(self, step, seconds, forwards):
         self.block, self.scores, self.windows = step.block, step.scores, step.windows
-        self.perplexity, self.peak_memory = step.perplexity, None
+        self.score, self.peak_memory = step.score, None
         self.block_forwards, self.head_forwards = step.block_forwards, step.head_forwards
         self.seconds, self.forwards = seconds, forwards
 
@@ -204,7 +195,7 @@ def compared(name, steps):
         "removals_compared": len(both),
         "same_order": all(a.block == b.block for a, b in both),
         "same_scores": all(a.scores == b.scores for a, b in both),
-        "perplexity_off_percent": 100 * (both[-1][0].perplexity / both[-1][1].perplexity - 1),
+        "perplexity_off_percent": 100 * (both[-1][0].score / both[-1][1].score - 1),
     }
 
 
@@ -268,12 +259,16 @@ def block_flops(decoder, T):
 
 
 def random_model(args):
-    """Return (model, windows): random weights of a published shape, made on the device, and random tokens."""
+    """Return (Decoder, windows): random weights of a published shape, made on the device, and random tokens."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from lib.model import DTYPES
+    from lib.decoder import Decoder
+    from lib.model import DTYPES, check_device, default_device
 
+    args.device = args.device or default_device()
+    with flags.naming("--device"):
+        check_device(args.device)
     shape, s = SHAPES[args.random_config], args.scale
     hidden, intermediate, layers, heads, kv_heads, vocab = (n if k == 2 else n // s for k, n in enumerate(shape))
     heads, kv_heads = max(1, heads), max(1, kv_heads)
@@ -294,19 +289,14 @@ def random_model(args):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.compute_dtype]).eval().requires_grad_(False)
     n = max(1, args.tokens // args.ppl_eval_seqlen)
     generator = torch.Generator().manual_seed(args.seed)
-    return model, torch.randint(config.vocab_size, (n, args.ppl_eval_seqlen), generator=generator)
+    return Decoder(model), torch.randint(config.vocab_size, (n, args.ppl_eval_seqlen), generator=generator)
 
 
 def real_model(args):
-    """Return (model, windows) of --model-path and --cal-dataset, as block_search.py reads them."""
-    from lib.model import load_model, load_tokenizer
-
-    flags.check_search(args)
-    tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-    _, _, windows = flags.read_windows(args, tokenizer)
-    model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
-    flags.check_tokens(windows, model)
-    return model, windows
+    """Return (Decoder, windows) of --model-path and --cal-dataset, as block_search.py reads them."""
+    bare = flags.open_bare(args)
+    text = flags.open_text(args, flags.open_tokenizer(args), bare)
+    return flags.open_decoder(args, text.windows), text.windows
 
 
 def matrix_peak(args, n=8192):

@@ -11,13 +11,12 @@ methods, ratios, texts or tasks computes only what is new. Writes compare.json, 
 """
 
 import argparse
-import hashlib
 import math
 import sys
 import time
 from pathlib import Path
 
-from lib.cells import METHODS, SEEDED, Bench, Job, Text, fill
+from lib.methods import METHODS, SEEDED
 from scripts import flags
 
 FEW = 10  # windows below which a text is a demonstration
@@ -113,48 +112,29 @@ def method(name):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.decoder import Decoder
-    from lib.files import to_json
-    from lib.hub import fingerprint
-    from lib.model import default_device, dtype_note, load_model, load_tokenizer, parameter_count
-
-    args.device = args.device or default_device()
     start = time.perf_counter()
     with parser.user_errors():  # everything that can fail fails before weights are read
-        check(args)
-        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-        corpus, calibration, texts = read_texts(args, tokenizer)
-        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
-        for text in (calibration, *texts):
-            flags.check_tokens(text.windows, model)
-        bench = Bench(
-            args,
-            Decoder(model),
-            tokenizer,
-            corpus,
-            calibration,
-            texts,
-            parameter_count(model),
-            fingerprint(args.model_path),
-            {},
-        )
-    jobs = list_jobs(args)
-    summary = describe(bench)
+        bench = open_bench(args)
+
+    from lib.cells import fill
+    from lib.files import to_json
+    from lib.model import dtype_note
+
+    cells, summary = list_cells(args), describe(args, bench)
     print("\n".join(caption(summary)))
     if note := dtype_note(args.device, args.compute_dtype):
         print(f"note          {note}")
-    print(f"cells         {len(jobs)} -> {bench.folder}", flush=True)
+    print(f"cells         {len(cells)} -> {bench.folder}", flush=True)
 
     losses, measured = {}, 0
-    for k, job in enumerate(jobs, 1):
-        with parser.user_errors():  # a kept file that cannot be read
-            row, losses[job], new = fill(bench, job)
+    for k, cell in enumerate(cells, 1):
+        row, losses[cell], new = fill(bench, cell)
         summary["rows"].append(row)
         if row["incomplete"]:
-            summary["reduced"].append(f"INCOMPLETE: {job} at {row['ratio']:g} %: {row['incomplete']}")
+            summary["reduced"].append(f"INCOMPLETE: {cell} at {row['ratio']:g} %: {row['incomplete']}")
         measured += new
-        finish(bench, summary, losses)
-        print(f"{k:4d}/{len(jobs)}  {told(job, row, new)}", flush=True)
+        finish(args, bench, summary, losses)
+        print(f"{k:4d}/{len(cells)}  {told(cell, row, new)}", flush=True)
     summary["seconds"] = time.perf_counter() - start
     page = write_tables(bench, summary)
     failed = sum(bool(row["failed"] or row["incomplete"]) for row in summary["rows"])
@@ -163,7 +143,7 @@ def main(argv=None):
             {
                 "result": str(bench.folder / "compare.json"),
                 "page": page and str(page),
-                "cells": len(jobs),
+                "cells": len(cells),
                 "failed": failed,
                 "measurements": measured,
                 "reduced": summary["reduced"],
@@ -173,58 +153,83 @@ def main(argv=None):
     )
 
 
-# ---- before the model ----------------------------------------------------------------------------
+# ---- before the cells ----------------------------------------------------------------------------
 
 
-def check(args):
-    """Raise ValueError for whatever flags, files and the configuration already tell."""
-    import eval as evaluation  # the builtin keeps its name
-    from lib import tasks
+def open_bench(args):
+    """Return the Bench of these flags; raise ValueError for whatever cannot work, before weights are read."""
+    from lib.cells import Bench, Tasks
     from lib.data import check_dataset
     from lib.decoder import find_layers
-    from lib.model import check_device, check_whole, skeleton
+    from lib.hub import fingerprint
+    from lib.job import Settings
+    from lib.model import parameter_count
+    from lib.records import short_name
 
-    check_device(args.device)
-    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
     for name in args.eval_datasets:
         check_dataset(name, None, args.data_dir, held_out=True)
     flags.check_folder(args.output_dir, "--output-dir")
-    texts = [text_name(dataset) for dataset in dict.fromkeys(args.eval_datasets)]
+    texts = [short_name(dataset) for dataset in dict.fromkeys(args.eval_datasets)]
     twice = [name for name in texts if texts.count(name) > 1]
     if twice:
         raise ValueError(f"--eval-datasets: two files are called {twice[0]}; the table needs another name for one")
     if args.tasks:
-        tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
-        evaluation.check_task_cache(args.tasks, args.task_data)
+        flags.check_tasks(args)
     names = {None, *args.tasks, *texts}
     unknown = [name for name in args.limit if name not in names]
     if unknown:
         raise ValueError(f"--limit {unknown[0]}=...: neither among --tasks nor --eval-datasets")
-    bare = skeleton(args.model_path, args.trust_remote_code)
-    check_whole(bare.config, args.model_path)
-    flags.check_seqlen(bare.config, args.ppl_eval_seqlen)
+    bare = flags.open_bare(args)
     find_layers(bare)
+    tokenizer = flags.open_tokenizer(args)
+    calibration, texts = read_texts(args, tokenizer, bare)
+    decoder = flags.open_decoder(args, *(text.windows for text in (calibration, *texts)))
+    return Bench(
+        Settings(
+            args.model_path,
+            seed=args.seed,
+            batch_size=args.ppl_eval_batch_size,
+            dtype=args.compute_dtype,
+            device=args.device,
+            search=args.search,
+        ),
+        decoder,
+        tokenizer,
+        calibration,
+        texts,
+        parameters=parameter_count(decoder.model),
+        weights=fingerprint(args.model_path),
+        folder=Path(args.output_dir).expanduser(),
+        tasks=Tasks(args.tasks, args.task_ratios, args.task_data, args.num_fewshot, args.batch_size, args.limit),
+        speed=args.measure,
+        say=lambda cell, line: print(f"          {cell!s:22s} {line.strip()}", flush=True),
+        found={},
+    )
 
 
-def text_name(dataset):
-    return Path(dataset).stem if Path(dataset).suffix else dataset
-
-
-def read_texts(args, tokenizer):
-    """Return (calibration Corpus, calibration Text, evaluation Texts)."""
+def read_texts(args, tokenizer, bare):
+    """Return (calibration Text, evaluation Texts); what is calibrated on is left out of the latter."""
     from lib import data
+    from lib.families import needs_bos
 
-    flags.settle_bos(args, tokenizer)
+    bos = data.resolve_bos(args.bos, tokenizer, needs_bos(bare))
     chat = tokenizer if args.chat_template else None
-    corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, chat=chat)
-    drawn = data.draw(corpus, args.cal_nsamples, args.seed)
-    calibration = cut(args, text_name(args.cal_dataset), corpus, drawn, tokenizer, None)
+
+    def cut(dataset, corpus, documents, **more):
+        text = data.as_text(dataset, corpus, documents, tokenizer, args.ppl_eval_seqlen, bos=bos, **more)
+        flags.warn_of_text(dataset, text.about)
+        return text
+
+    with flags.naming_text(args):
+        corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, chat=chat)
+        drawn = data.draw(corpus, args.cal_nsamples, args.seed)
+        calibration = cut(args.cal_dataset, corpus, drawn, text_column=args.text_column, seed=args.seed)
     texts = []
     for dataset in dict.fromkeys(args.eval_datasets):
         column = args.text_column if dataset == args.cal_dataset else None
         other = data.load_documents(dataset, None, column, args.data_dir, held_out=True)
         documents, left_out = other.documents, None
-        if origin(other) == origin(corpus):
+        if data.same_origin(other, corpus):
             seen = set(drawn)
             documents = [document for document in other.documents if document not in seen]
             left_out = len(other.documents) - len(documents)
@@ -232,91 +237,69 @@ def read_texts(args, tokenizer):
                 raise ValueError(f"--eval-datasets {dataset}: calibration takes all of it; lower --cal-nsamples")
         if args.eval_nsamples:
             documents = data.sample_documents(documents, min(args.eval_nsamples, len(documents)), args.seed)
-        name = text_name(dataset)
-        texts.append(cut(args, name, other, documents, tokenizer, args.limit.get(name, args.limit.get(None))))
+        limit = args.limit.get(data.short_name(dataset), args.limit.get(None))
+        texts.append(cut(dataset, other, documents, limit=limit, text_column=column))
         texts[-1].about["left_out"] = left_out
-    return corpus, calibration, texts
+    return calibration, texts
 
 
-def origin(corpus):
-    """Return what is the same for the same documents: a file, however its path is spelled, or (data set, split)."""
-    path = Path(corpus.source)
-    return path.resolve() if path.is_file() else (corpus.source, corpus.split)
+def list_cells(args):
+    """Return the Cells, the dense model first, a method's largest ratio first: smaller ones are parts of its order."""
+    from lib.cells import Cell
 
-
-def cut(args, name, corpus, documents, tokenizer, limit):
-    from lib import data
-
-    windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen, bos=args.bos, joint=corpus.joint, most=limit)
-    return Text(
-        name,
-        windows,
-        {
-            "source": corpus.source,
-            "split": corpus.split,
-            "documents": len(documents),
-            "windows": len(windows),
-            "seqlen": args.ppl_eval_seqlen,
-            "bos": args.bos,
-            "tokens": windows.numel(),
-            "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
-        },
-    )
-
-
-def list_jobs(args):
-    """Return the cells, the dense model first, a method's largest ratio first: smaller ones are parts of its order."""
-    jobs = [Job("dense", 0.0, None)]
+    cells = [Cell("dense", 0.0)]
     for name in dict.fromkeys(args.methods):
         for seed in dict.fromkeys(args.seeds) if name in SEEDED else (None,):
-            jobs += [Job(name, ratio, seed) for ratio in reversed(args.ratios)]
-    return jobs
+            cells += [Cell(name, ratio, seed) for ratio in reversed(args.ratios)]
+    return cells
 
 
 # ---- from cells to the table ---------------------------------------------------------------------
 
 
-def finish(bench, summary, losses):
+def finish(args, bench, summary, losses):
     """Put perplexities and their errors into the rows so far, and write compare.json."""
     from lib.evaluate import paired_difference, perplexity
     from lib.files import write_json
 
     rows = list(zip(losses, summary["rows"], strict=True))
     for text in bench.texts:
-        T = bench.args.ppl_eval_seqlen
-        good = {job: losses[job][text.name] for job, row in rows if row["failed"] is None}
-        dense = next((losses[job].get(text.name) for job in losses if not job.ratio), None)
-        for job, row in rows:
+        T = args.ppl_eval_seqlen
+        good = {cell: losses[cell][text.name] for cell, row in rows if row["failed"] is None}
+        dense = next((losses[cell].get(text.name) for cell in losses if not cell.ratio), None)
+        for cell, row in rows:
             if row["failed"] is None:
-                mine = good[job]
-                base, value, error = dense if job.ratio else 0 * mine, perplexity(mine, T), None
+                mine = good[cell]
+                base, value, error = dense if cell.ratio else 0 * mine, perplexity(mine, T), None
                 if base is not None:
                     _, error = paired_difference(mine, base, T)
                 error = None if error is None else value * error
                 row["perplexity"][text.name] = {"value": value, "error": error, "level": False}
-        for ratio in {job.ratio for job, _ in rows if job.ratio}:
-            single = {job: row for job, row in rows if job.ratio == ratio and job in good and not several(bench, job)}
-            values = {job: row["perplexity"][text.name]["value"] for job, row in single.items()}
-            best = min((job for job in values if math.isfinite(values[job])), key=values.get, default=None)
-            for job, row in single.items():
-                if best is not None and job != best:
-                    difference, error = paired_difference(good[job], good[best], T)
+        for ratio in {cell.ratio for cell, _ in rows if cell.ratio}:
+            alike = {cell: row for cell, row in rows if cell.ratio == ratio and cell in good}
+            single = {cell: row for cell, row in alike.items() if not several(args, cell)}
+            values = {cell: row["perplexity"][text.name]["value"] for cell, row in single.items()}
+            best = min((cell for cell in values if math.isfinite(values[cell])), key=values.get, default=None)
+            for cell, row in single.items():
+                if best is not None and cell != best:
+                    difference, error = paired_difference(good[cell], good[best], T)
                     behind = {"nats": difference, "error": error, "best": str(best)}
                     row["perplexity"][text.name] |= {"behind_best": behind}
                     row["perplexity"][text.name]["level"] = error is not None and difference <= 2 * error
     write_json(bench.folder / "compare.json", summary)
 
 
-def several(bench, job):
+def several(args, cell):
     """Whether a cell is one of several draws, of which the table shows the mean."""
-    return job.seed is not None and len(set(bench.args.seeds)) > 1
+    return cell.seed is not None and len(set(args.seeds)) > 1
 
 
-def describe(bench):
+def describe(args, bench):
     """Return the summary before the first row."""
-    args = bench.args
+    from lib.model import versions
+
     settings = {
-        "methods": {name: METHODS[name][1] for name in dict.fromkeys(args.methods)},
+        "methods": {name: METHODS[name].about for name in dict.fromkeys(args.methods)},
         "ratios": args.ratios,
         "seeds": args.seeds,
         "seed": args.seed,
@@ -344,7 +327,7 @@ def describe(bench):
         "reduced": reduced,
         "settings": settings,
         "texts": {text.name: text.about for text in bench.texts},
-        "versions": flags.versions(),
+        "versions": versions(),
         "rows": [],
     }
 
@@ -371,17 +354,17 @@ def caption(summary):
     return lines + summary["reduced"]
 
 
-def told(job, row, new):
+def told(cell, row, new):
     """Return a line about a finished cell."""
     if row["failed"] is not None:
-        return f"{job!s:22s} {row['ratio']:5.4g} %  failed: {row['failed']}"
+        return f"{cell!s:22s} {row['ratio']:5.4g} %  failed: {row['failed']}"
     numbers = [f"{name} {p['value']:.4f}" for name, p in row["perplexity"].items()]
     numbers += [f"{name} {100 * task['score']:.2f}" for name, task in row["tasks"].items()]
     if row["incomplete"]:
         numbers.append(f"failed: {row['incomplete']}")
     kept = "" if new else "  (kept)"
     return (
-        f"{job!s:22s} {row['ratio']:5.4g} %  {len(row['removed']):3d} blocks, {row['removed_percent']:6.2f} %  "
+        f"{cell!s:22s} {row['ratio']:5.4g} %  {len(row['removed']):3d} blocks, {row['removed_percent']:6.2f} %  "
         f"{'  '.join(numbers)}{kept}"
     )
 

@@ -47,10 +47,12 @@ def main(argv=None):
         from lib.export.folder import check_target
         from lib.export.write import export
         from lib.files import to_json
-        from lib.model import skeleton
+        from lib.model import skeleton, versions
 
         check_target(args.output_dir, args.model_path, args.overwrite)
-        removed = flags.check_removals(args, order, meta, skeleton(args.model_path, args.trust_remote_code))
+        with flags.naming("--model-path"):
+            bare = skeleton(args.model_path, args.trust_remote_code)
+        removed = flags.check_removals(args, order, meta, bare)
         result = export(
             args.model_path,
             removed,
@@ -60,7 +62,7 @@ def main(argv=None):
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
             meta=meta,
-            versions=flags.versions(),
+            versions=versions(),
         )
     flags.warn_of_order(args, meta, removed)
     print(f"model         {args.model_path}: {result['dense_parameters']:,} parameters")

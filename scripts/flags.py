@@ -2,12 +2,12 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from pathlib import Path
 
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
-RACE_CONFIDENCE = 3.0  # README, "Search engines": how it was chosen
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,13 +60,13 @@ def add_removal_flags(parser, required=False):
     parser.add_argument("--ppl-search-file", help="order file to replay; not needed for the dense model", default=None)
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--del-block-num", type=count, default=None, help="removals to replay")
-    group.add_argument(
-        "--del-ratio",
-        type=fraction,
-        default=None,
-        metavar="R",
-        help="fewest removals that take this share of the parameters, from 0 to 1",
-    )
+    add_ratio_flag(group, fraction, "fewest removals that take this share of the parameters, from 0 to 1")
+
+
+def add_ratio_flag(group, kind, about):
+    group.add_argument("--target-ratio", type=kind, default=None, metavar="R", help=about)
+    # its name in the replaying scripts until now
+    group.add_argument("--del-ratio", dest="target_ratio", type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def add_text_flags(parser, dataset, batch_size):
@@ -91,6 +91,23 @@ def add_text_flags(parser, dataset, batch_size):
     note = "" if batch_size else "; 8, but 1 with --search race, which decides after each batch"
     parser.add_argument("--ppl-eval-batch-size", type=positive, default=batch_size, help="windows per forward" + note)
     parser.add_argument("--seed", type=int, default=42, help="seed of the draw of documents")
+
+
+def add_engine_flags(parser):
+    parser.add_argument(
+        "--cache-gb", type=size, default=None, help="memory for kept states, GiB; a share of what is free when absent"
+    )
+    parser.add_argument(
+        "--race-confidence",
+        type=size,
+        default=3.0,  # docs/engines.md: how it was chosen
+        help="race: standard errors behind the leader at which a candidate drops out",
+    )
+
+
+def try_fp32(args):
+    """Return the advice for numbers that are not finite, where there is any."""
+    return "; try --compute-dtype fp32" if args.compute_dtype in ("bf16", "fp16") else ""
 
 
 def search_batch_size(args):
@@ -147,20 +164,29 @@ def share(text):
     return fraction(text)
 
 
+def check_tasks(args):
+    """Raise ValueError where --tasks cannot be run with --task-data or from the hub."""
+    from lib import tasks
+
+    tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
+    with naming("--tasks"):
+        tasks.check_rows(args.tasks, args.task_data)
+
+
 def read_removals(args):
     """Return (order, meta) of --ppl-search-file; raise ValueError where it does not hold what is asked of it."""
     from lib.orders import read_order
 
     if not args.ppl_search_file:
-        for flag, value in (("--del-block-num", args.del_block_num), ("--del-ratio", args.del_ratio)):
+        for flag, value in (("--del-block-num", args.del_block_num), ("--target-ratio", args.target_ratio)):
             if value:
                 raise ValueError(f"{flag} {value}: which blocks? give the order with --ppl-search-file")
         return [], {}
     order, meta = read_order(args.ppl_search_file)
-    if args.del_block_num is None and args.del_ratio is None:
+    if args.del_block_num is None and args.target_ratio is None:
         raise ValueError(
             f"--ppl-search-file {args.ppl_search_file}: how many of its {len(order)} removals? give "
-            "--del-block-num or --del-ratio (0 measures the dense model)"
+            "--del-block-num or --target-ratio (0 measures the dense model)"
         )
     if (args.del_block_num or 0) > len(order):
         raise ValueError(
@@ -172,6 +198,7 @@ def read_removals(args):
 
 def check_removals(args, order, meta, bare):
     """Return the removals to replay on the model `bare`, weights not needed; raise ValueError for another model's."""
+    from lib.candidates import enough
     from lib.decoder import block_parameters, find_layers
     from lib.model import check_whole, parameter_count
     from lib.orders import check_order
@@ -181,17 +208,22 @@ def check_removals(args, order, meta, bare):
         return []
     check_whole(bare.config, args.model_path)
     check_order(order, len(layers), args.ppl_search_file, meta)
-    if args.del_ratio is None:
-        return order[: args.del_block_num or 0]
-    total = parameter_count(bare)
-    for k in range(len(order) + 1):
-        share = block_parameters(layers, order[:k]) / total
-        if share >= args.del_ratio:
-            return order[:k]
-    raise ValueError(
-        f"--del-ratio {args.del_ratio}: all {len(order)} removals of {args.ppl_search_file} take {share:.4f} of the "
-        f"parameters; use 0..{share:.4f}, or search further"
-    )
+    size, number = 2 if meta.get("block_type") == "layer" else 1, args.del_block_num or 0
+    if args.target_ratio is not None:
+        total = parameter_count(bare)
+        number = enough(layers, order, args.target_ratio * total, size)
+        if number is None:
+            share = block_parameters(layers, order) / total
+            raise ValueError(
+                f"--target-ratio {args.target_ratio}: all {len(order)} removals of {args.ppl_search_file} take "
+                f"{share:.4f} of the parameters; use 0..{share:.4f}, or search further"
+            )
+    if number % size:
+        raise ValueError(
+            f"--del-block-num {number}: {args.ppl_search_file} removes whole layers, which are two blocks each; use an "
+            "even number"
+        )
+    return order[:number]
 
 
 def warn_of_order(args, meta, removed):
@@ -226,55 +258,122 @@ def check_file(path, flag, suffix=".json"):
     check_folder(Path(path).parent, flag)
 
 
-def settle_bos(args, tokenizer):
-    """Make args.bos "every-window" or "text"."""
-    from lib.data import resolve_bos
-    from lib.families import needs_bos
-    from lib.model import skeleton
-
-    needed = args.bos == "auto" and needs_bos(skeleton(args.model_path, args.trust_remote_code))
-    args.bos = resolve_bos(args.bos, tokenizer, needed)
-
-
-def read_windows(args, tokenizer, held_out=False):
-    """Return (Corpus, documents drawn, windows (N, T)) of the text flags; no --cal-nsamples takes all documents.
-
-    args.bos becomes "every-window" or "text".
-    """
-    from lib import data
-
-    chat = tokenizer if args.chat_template else None
+@contextlib.contextmanager
+def naming(flag):
+    """Within this context an error of the library, which names the thing, begins with its flag."""
     try:
-        corpus = data.load_documents(
-            args.cal_dataset, args.cal_split, args.text_column, args.data_dir, held_out=held_out, chat=chat
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from error
+
+
+def open_bare(args, held_out=False):
+    """Return the model without weights; raise ValueError for what device, text flags and configuration already tell.
+
+    held_out: the text is one to evaluate on, and the model may be one without whole layers.
+    """
+    from lib.data import check_dataset
+    from lib.model import check_device, check_whole, default_device, skeleton
+
+    args.device = args.device or default_device()
+    with naming("--device"):
+        check_device(args.device)
+    with naming_text(args):
+        check_dataset(args.cal_dataset, args.cal_split, args.data_dir, held_out=held_out)
+    with naming("--model-path"):
+        bare = skeleton(args.model_path, args.trust_remote_code)
+        if not held_out:
+            check_whole(bare.config, args.model_path)
+    check_seqlen(bare.config, args.ppl_eval_seqlen)
+    return bare
+
+
+def open_tokenizer(args):
+    """Return the tokenizer of --model-path."""
+    from lib.model import load_tokenizer
+
+    with naming("--model-path"):
+        return load_tokenizer(args.model_path, args.trust_remote_code)
+
+
+def open_text(args, tokenizer, bare, held_out=False, limit=None):
+    """Return the Text of the text flags, its first `limit` windows; no --cal-nsamples takes all documents."""
+    from tqdm import tqdm
+
+    from lib.data import read_text
+    from lib.families import needs_bos
+
+    bar = tqdm(desc="tokenizing", unit="chars", unit_scale=True, leave=False, delay=5, file=sys.stderr)
+    with naming_text(args), bar:
+        text = read_text(
+            args.cal_dataset,
+            tokenizer,
+            args.ppl_eval_seqlen,
+            documents=args.cal_nsamples,
+            split=args.cal_split,
+            text_column=args.text_column,
+            data_dir=args.data_dir,
+            seed=args.seed,
+            held_out=held_out,
+            chat_template=args.chat_template,
+            bos=args.bos,
+            needs_bos=needs_bos(bare),
+            limit=limit,
+            progress=bar.update,
         )
-    except ValueError as error:  # the library names the data set, not its flag
+    warn_of_text(args.cal_dataset, text.about)
+    return text
+
+
+def warn_of_text(dataset, about):
+    """Warn of records that were left out or mended; about: what a Text says of itself."""
+    for key, what in (
+        ("records_without_text", "records hold no text and are left out"),
+        ("texts_mended", "texts held half a surrogate pair, now U+FFFD"),
+    ):
+        if about.get(key):
+            print(f"warning: {dataset}: {about[key]} {what}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def naming_text(args):
+    """Within this context an error about --cal-dataset, which names the data set, begins with the flag."""
+    try:
+        yield
+    except ValueError as error:
         if not str(error).startswith(f"{args.cal_dataset}: "):
             raise
         local = "; --data-dir names the folder of local copies" if args.data_dir is None else ""
         raise ValueError(f"--cal-dataset {error}{local}") from error
-    for number, what in (
-        (corpus.skipped, "records hold no text and are left out"),
-        (corpus.mended, "texts held half a surrogate pair, now U+FFFD"),
-    ):
-        if number:
-            print(f"warning: {args.cal_dataset}: {number} {what}", file=sys.stderr)
-    documents = data.draw(corpus, args.cal_nsamples, args.seed) if args.cal_nsamples else corpus.documents
-    settle_bos(args, tokenizer)
-    windows = data.cut_windows(documents, tokenizer, args.ppl_eval_seqlen, bos=args.bos, joint=corpus.joint)
-    return corpus, documents, windows
 
 
-def check_search(args):
-    """Raise ValueError for what device, text flags and configuration already tell; return the model without weights."""
-    from lib.data import check_dataset
-    from lib.model import check_device, skeleton
+def open_decoder(args, *windows, offload=False):
+    """Return the Decoder of --model-path, which knows all tokens of these windows (N, T)."""
+    from lib.decoder import Decoder
+    from lib.model import load_model
 
-    check_device(args.device)
-    check_dataset(args.cal_dataset, args.cal_split, args.data_dir)
-    bare = skeleton(args.model_path, args.trust_remote_code)
-    check_seqlen(bare.config, args.ppl_eval_seqlen)
-    return bare
+    with naming("--model-path"):
+        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code, offload)
+    for some in windows:
+        check_tokens(some, model)
+    return Decoder(model)
+
+
+def print_opened(args, text, decoder, more="", title="calibration"):
+    """Print what is computed with what: model, device, text."""
+    from lib.model import dtype_note, parameter_count
+
+    about = text.about
+    print(f"model         {args.model_path}: {parameter_count(decoder.model):,} parameters, {decoder.n_layers} layers")
+    print(f"compute       {args.device}, {args.compute_dtype}{more}")
+    if note := dtype_note(args.device, args.compute_dtype):
+        print(f"note          {note}")
+    bos = ", each behind BOS" if about["bos"] == "every-window" else ""
+    print(
+        f"{title:13s} {about['documents']:,} documents of {about['source']} ({about['split'] or 'whole file'}), "
+        f"{about['windows']} windows of {about['seqlen']} = {about['tokens']:,} tokens{bos}",
+        flush=True,
+    )
 
 
 def check_seqlen(config, seqlen):
@@ -305,11 +404,30 @@ def print_aligned(rows):
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]))
 
 
-def versions():
-    """Return the versions that decide numbers, for result files."""
-    import platform
+class progress:
+    """A progress bar over windows with the best unit of the step; a plain writer of lines above it."""
 
-    import torch
-    import transformers
+    def __init__(self, total):
+        from tqdm import tqdm
 
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+        every = 0.1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
+        self.bar = tqdm(total=total, unit="window", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=every)
+        self.scores = {}
+
+    def advance(self, windows, unit=None, score=None):
+        if unit is not None:
+            self.scores[unit] = score
+            best = min(self.scores, key=lambda b: (math.isnan(self.scores[b]), self.scores[b]))
+            self.bar.set_postfix_str(f"best {best} {self.scores[best]:.4f}", refresh=False)
+        self.bar.update(windows)
+
+    def write(self, line):
+        self.scores = {}
+        with self.bar.external_write_mode(file=sys.stdout):
+            print(line, flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()

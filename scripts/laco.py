@@ -67,29 +67,22 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    from lib.decoder import Decoder
     from lib.edits import applied
     from lib.evaluate import perplexity, window_losses
     from lib.export.write import export
     from lib.files import to_json, write_json
     from lib.laco import check_mergeable, collapse, edit
-    from lib.model import default_device, load_model, load_tokenizer, parameter_count
+    from lib.model import versions
 
-    args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
-        remove, merge = layers_to_remove(args)
-        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-        corpus, _, windows = flags.read_windows(args, tokenizer)
-        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
-        flags.check_tokens(windows, model)
-        decoder = Decoder(model)
+        flags.check_folder(args.output_dir, "--output-dir")
+        bare = flags.open_bare(args)
+        remove, merge = layers_to_remove(args, bare)
+        text = flags.open_text(args, flags.open_tokenizer(args), bare)
+        decoder = flags.open_decoder(args, text.windows)
         check_mergeable(decoder)
-    L, total = decoder.n_layers, parameter_count(model)
-    print(f"model         {args.model_path}: {total:,} parameters, {L} layers, {args.device}, {args.compute_dtype}")
-    print(
-        f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
-        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens"
-    )
+    flags.print_opened(args, text, decoder)
+    L, windows = decoder.n_layers, text.windows
     wanted = f"threshold {args.threshold}" if remove is None else f"{remove} layers to remove"
     print(f"laco          {args.variant}, {merge} layers at a time, {wanted}", flush=True)
     less = "take fewer documents in --cal-nsamples, or a smaller --ppl-eval-batch-size"
@@ -123,13 +116,7 @@ def main(argv=None):
                 "interval": args.interval,
                 "lowest": args.lowest,
                 "highest": args.highest or L,
-                "dataset": args.cal_dataset,
-                "source": corpus.source,
-                "split": corpus.split,
-                "seed": args.seed,
-                "documents": args.cal_nsamples,
-                "windows": len(windows),
-                "seqlen": args.ppl_eval_seqlen,
+                **text.about,
                 "dtype": args.compute_dtype,
                 "device": args.device,
                 "comparisons": len(compared),
@@ -149,7 +136,7 @@ def main(argv=None):
             stored_dtype(args),
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
-            versions=flags.versions(),
+            versions=versions(),
             evaluated={"dataset": args.cal_dataset, "dense_perplexity": dense, "perplexity": after},
         )
     sizes = ("versions", "dense_parameters", "parameters", "removed_percent")
@@ -182,7 +169,7 @@ def stored_dtype(args):
     return None if args.format == "gguf" and args.model_path.endswith(".gguf") else args.compute_dtype
 
 
-def layers_to_remove(args):
+def layers_to_remove(args, bare):
     """Return (layers to remove or None, layers a merge); raise ValueError for what flags and files already tell."""
     from lib.candidates import candidates
     from lib.decoder import find_layers
@@ -192,9 +179,7 @@ def layers_to_remove(args):
     from lib.laco import check_range, merge_sizes
     from lib.model import parameter_count
 
-    flags.check_folder(args.output_dir, "--output-dir")
     check_target(args.output_dir, args.model_path, args.overwrite)
-    bare = flags.check_search(args)
     layers = find_layers(bare)
     highest = len(layers) if args.highest is None else args.highest
     remove = args.del_layer_num

@@ -1,6 +1,6 @@
 """Train what an export kept until it follows the dense model again, and write it as the same kind of export.
 
-    python -m scripts.export --model-path M --ppl-search-file ORDER --del-ratio 0.2 --output-dir pruned
+    python -m scripts.export --model-path M --ppl-search-file ORDER --target-ratio 0.2 --output-dir pruned
     python -m scripts.recover pruned --teacher M --tokens 300k --cal-dataset alpaca+wikitext2 --output-dir recovered
 
 Checkpoints lie in OUTPUT_DIR.training until the end; the same command goes on from the last one after a kill. On
@@ -126,7 +126,7 @@ def run(parser, args):
     from lib.export.folder import check_target
     from lib.export.trained import check_trainable, write_trained
     from lib.files import to_json
-    from lib.model import load_model, load_tokenizer
+    from lib.model import load_model, load_tokenizer, versions
 
     # everything that can be refused is, before a weight is read
     info = check_trainable(args.export)
@@ -213,7 +213,7 @@ def run(parser, args):
             name: {"dense": dense[name], "pruned": pruned[name], "recovered": math.exp(looks[-1]["watched"][name])}
             for name in text.watched
         },
-        "versions": flags.versions(),
+        "versions": versions(),
     }
     write_trained(args.export, model, args.output_dir, facts)
     picture = draw(history, total // recipe.steps, Path(args.output_dir))
@@ -271,7 +271,8 @@ def choose_device(args):
     if (args.device or default_device()) == "cpu":
         return "cpu"
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    check_device(device)
+    with flags.naming("--device"):
+        check_device(device)
     return device
 
 

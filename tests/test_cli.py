@@ -199,12 +199,11 @@ def test_a_gpu_that_is_full_while_measuring_is_one_line(evaluate, monkeypatch, t
 
 
 def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path):
-    from lib import search as engines
     from lib.importance import METRICS
+    from lib.search import greedy
 
-    def full(*args, **kwargs):
-        steps = engines.cached(*args, **kwargs)
-        yield next(steps)
+    def full(*args):
+        yield next(greedy(*args))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     def never(*args, **kwargs):
@@ -217,14 +216,14 @@ def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path)
     assert run.code == 1 and "step 1: the GPU's memory is full; less is needed with --offload, or a sm" in run.err, run
     assert "cache-gb" not in run.err, "no states are kept yet"
     with monkeypatch.context() as patch:
-        patch.setattr("lib.evaluate.window_losses", lambda *a: never() if a[3:] else torch.zeros(1, 1))
+        patch.setattr("lib.job.window_losses", never)
         run = search(metric="bi", del_block_num=2)
     assert run.code == 1 and "removals before it" not in run.err, "judged at once: nothing is kept"
     with monkeypatch.context() as patch:
-        patch.setitem(METRICS, "taylor", never)
+        patch.setitem(METRICS, "taylor", METRICS["taylor"]._replace(function=never))
         run = search(metric="taylor", del_block_num=2)
     assert run.code == 1 and "less is needed with a smaller --ppl-eval-seqlen" in run.err, "one window is its batch"
-    monkeypatch.setitem(engines.ENGINES, "cached", full)
+    monkeypatch.setattr("lib.job.greedy", full)
     run = search(del_block_num=3)
     assert run.code == 1 and "step 2: the GPU's memory is full; the 1 removals before it" in run.err, run
     monkeypatch.undo()

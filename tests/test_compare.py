@@ -13,7 +13,8 @@ import pytest
 from command_line import SMALL, assert_refused, flags, start, tree
 
 from lib.blocks import KINDS, parse_block
-from lib.cells import GREEDY, LACO_WINDOWS, METHODS
+from lib.importance import METRICS
+from lib.methods import LACO_WINDOWS, METHODS
 from lib.orders import read_order
 from scripts import compare
 
@@ -123,7 +124,7 @@ def test_every_method_removes_the_fewest_units_that_reach_each_ratio(everything,
         if row["method"] == "dense":
             assert order == []
             continue
-        size = 1 if "mix" in METHODS[row["method"]][0] or row["method"] in KINDS else 2
+        size = 1 if METHODS[row["method"]].changes.get("block_type") in ("mix", *KINDS) else 2
         fewest = next(
             k
             for k in range(0, len(BLOCKS) + 1, size)
@@ -246,7 +247,9 @@ def test_table_page_and_json_say_the_same(everything):
         assert words in page, words
     names = {path.name for path in out.glob("*.png")}
     assert {"perplexity.png", "removed_10.png", "removed_19.png"} <= names and "accuracy.png" not in names
-    assert len([name for name in names if name.startswith("scores_")]) == len(GREEDY)
+    assert len([name for name in names if name.startswith("scores_")]) == len(
+        [m for m in EVERY if METRICS[METHODS[m].changes.get("metric", "last")].kind == "searched"]
+    )
     assert "FEW WINDOWS" in printed and "FEW WINDOWS" in page and "FEW WINDOWS" in markdown
 
 
@@ -369,7 +372,7 @@ def test_a_cell_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compari
         raise RuntimeError("out of luck_here:\nnobody knows why")
 
     healthy = importance.METRICS["bi"]
-    monkeypatch.setitem(importance.METRICS, "bi", broken)
+    monkeypatch.setitem(importance.METRICS, "bi", healthy._replace(function=broken))
     run, summary = comparison("mha bi last", "0.1 0.5", pictures=True)
     reasons = {(row["method"], row["ratio"]): row["failed"] for row in summary["rows"]}
     assert reasons["dense", 0] is reasons["last", 10] is reasons["last", 50] is reasons["mha", 10] is None
@@ -383,6 +386,17 @@ def test_a_cell_that_fails_is_shown_with_its_reason_and_the_rest_goes_on(compari
     monkeypatch.setitem(importance.METRICS, "bi", healthy)
     run, summary = comparison("mha bi last", "0.1 0.5")
     assert run.result["failed"] == 1 and run.result["measurements"] == 4
+
+
+def test_a_cell_whose_file_is_damaged_fails_alone(comparison, tmp_path):
+    _, before = comparison("mha last", "0.1")
+    (damaged,) = (tmp_path / "out" / "cells").glob("mha_*.json")
+    damaged.write_text("{")
+    run, summary = comparison("mha last", "0.1")
+    rows = {row["method"]: row for row in summary["rows"]}
+    assert str(damaged) in rows["mha"]["failed"] and "remove it" in rows["mha"]["failed"]
+    assert [rows["dense"], rows["last"]] == [row for row in before["rows"] if row["method"] != "mha"]
+    assert run.result["failed"] == 1 and run.result["measurements"] == 0
 
 
 def test_a_task_that_fails_hides_no_other_number(comparison, monkeypatch, task_data, tmp_path):

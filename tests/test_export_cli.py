@@ -49,7 +49,7 @@ def write(call, toy_folder, order, tmp_path):
 
     def run(**changes):
         given = {"model_path": toy_folder(), "ppl_search_file": order, "output_dir": tmp_path / "out"}
-        how_many = {} if "del_ratio" in changes else {"del_block_num": 3}
+        how_many = {} if "target_ratio" in changes else {"del_block_num": 3}
         given = {k: v for k, v in {**given, **how_many, **changes}.items() if v is not None}
         return call(export.main, *flags(**given))
 
@@ -215,9 +215,9 @@ def test_a_ratio_takes_the_fewest_removals_that_reach_it(write, evaluate, toy_fo
         gone += sum(sizes[n].numel() for n in mine)
         shares.append(gone / total)
     for k, ratio in ((0, 0), (1, shares[0] / 2), (1, shares[0]), (2, shares[0] + 1e-9), (4, shares[3] - 1e-9)):
-        run = write(del_ratio=ratio, output_dir=tmp_path / str(ratio))
+        run = write(target_ratio=ratio, output_dir=tmp_path / str(ratio))
         assert len(run.result["removed"]) == k, run
-    run = evaluate(ppl_search_file=order, del_ratio=shares[1])
+    run = evaluate(ppl_search_file=order, target_ratio=shares[1])
     assert run.result["removed"] == ["mlp1", "mha0"]
 
 
@@ -304,17 +304,17 @@ def test_an_order_of_another_model_is_refused(refuses, write, tmp_path):
 def test_removals_that_the_order_does_not_hold_are_refused(refuses, refused, order):
     refuses("--del-block-num 7", "holds 6 removals", "0..6", del_block_num=7)
     refuses("--del-block-num 1", "--ppl-search-file", ppl_search_file=None, del_block_num=1)
-    refuses("--del-ratio 0.5", "--ppl-search-file", ppl_search_file=None, del_ratio=0.5)
-    refused("6 removals", "--del-block-num or --del-ratio", script="eval", ppl_search_file=order)
+    refuses("--target-ratio 0.5", "--ppl-search-file", ppl_search_file=None, target_ratio=0.5)
+    refused("6 removals", "--del-block-num or --target-ratio", script="eval", ppl_search_file=order)
     for refuse in (refuses, lambda *says, **given: refused(*says, script="eval", ppl_search_file=order, **given)):
-        refuse("--del-ratio 0.99", "all 6 removals", "0..0.", del_ratio=0.99)
-        refuse("--del-ratio", "'10'", "0 to 1", del_ratio=10)
-        refuse("--del-ratio", "'much'", del_ratio="much")
-        refuse("--del-ratio", "not allowed with", "--del-block-num", del_ratio=0.1, del_block_num=2)
+        refuse("--target-ratio 0.99", "all 6 removals", "0..0.", target_ratio=0.99)
+        refuse("--target-ratio", "'10'", "0 to 1", target_ratio=10)
+        refuse("--target-ratio", "'much'", target_ratio="much")
+        refuse("--target-ratio", "not allowed with", "--del-block-num", target_ratio=0.1, del_block_num=2)
 
 
 def test_what_is_not_given_is_asked_for(refuses):
-    refuses("--del-block-num", "--del-ratio", del_block_num=None)
+    refuses("--del-block-num", "--target-ratio", del_block_num=None)
     refuses("--output-dir is missing", output_dir="")
     refuses("--model-path is missing", model_path="")
     refuses("--format", "'onnx'", format="onnx")

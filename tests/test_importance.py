@@ -11,16 +11,16 @@ import pytest
 import torch
 from command_line import tree
 from families import V, toy
+from searching import cached, exhaustive, race, streamed
 
-import block_search
 from lib.blocks import Block
 from lib.decoder import Decoder
-from lib.importance import METRICS, WINDOW_METRICS, _roomy, check_weights, ranked
+from lib.importance import METRICS, _roomy, ranked, require_weights
 from lib.orders import read_order
-from lib.search import cached, exhaustive, race, streamed
 from lib.similarity import similarities
 
 L, W, T = 3, 5, 24
+RUNS = [name for name, metric in METRICS.items() if metric.kind == "run"]
 WINDOWS = torch.randint(V, (W, T), generator=torch.Generator().manual_seed(1))
 SHAPES = ("llama", "gemma2", "gpt-neox")  # serial, norms after the branches, parallel
 TYPES = ("mix", "layer")
@@ -140,7 +140,7 @@ def brute_force(metric, name, unit):
 def test_a_metric_is_its_formula_on_the_plain_model(metric, name, block_type):
     decoder = Decoder(toy(name))
     units = decoder.blocks(block_type)
-    scores = METRICS[metric](decoder, units, WINDOWS, batch_size=2)
+    scores = METRICS[metric].function(decoder, units, WINDOWS, batch_size=2)
     assert list(scores) == units, "ties are decided by this order"
     assert scores == pytest.approx({unit: brute_force(metric, name, unit) for unit in units}, rel=1e-5)
 
@@ -152,9 +152,9 @@ def test_windows_of_layers_are_their_formulas_on_the_plain_model(name):
         angles = {
             i: cosine(states[i][:, -1], states[i + n][:, -1]).arccos().mean().item() / math.pi for i in range(L - n + 1)
         }
-        assert WINDOW_METRICS["angular"](decoder, n, WINDOWS, batch_size=2) == pytest.approx(angles, rel=1e-5)
+        assert METRICS["angular"].function(decoder, n, WINDOWS, batch_size=2) == pytest.approx(angles, rel=1e-5)
         cosines = {i: 1 - cosine(states[i], states[i + n]).mean().item() for i in range(L - n + 1)}
-        assert WINDOW_METRICS["window_cos"](decoder, n, WINDOWS, batch_size=2) == pytest.approx(cosines, rel=1e-5)
+        assert METRICS["window_cos"].function(decoder, n, WINDOWS, batch_size=2) == pytest.approx(cosines, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -172,12 +172,12 @@ def test_window_ppl_is_every_window_removed_from_the_model(name):
             model.config.num_hidden_layers = L - n
             with torch.no_grad():
                 expected[i] = plain_perplexity(model(input_ids=WINDOWS, use_cache=False).logits.double())
-        assert WINDOW_METRICS["window_ppl"](decoder, n, WINDOWS, batch_size=2) == pytest.approx(expected, rel=1e-5)
+        assert METRICS["window_ppl"].function(decoder, n, WINDOWS, batch_size=2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_protected_layers_are_in_no_window():
     decoder = Decoder(toy("llama", num_hidden_layers=6))
-    for metric in WINDOW_METRICS.values():
+    for metric in (METRICS[name].function for name in RUNS):
         everywhere = metric(decoder, 2, WINDOWS)
         assert list(everywhere) == [0, 1, 2, 3, 4]
         assert metric(decoder, 2, WINDOWS, first=1, last=2) == {i: everywhere[i] for i in (1, 2)}
@@ -191,13 +191,15 @@ def test_the_lowest_score_goes_first_and_of_equal_ones_the_first():
 
 def test_last_goes_from_the_top_and_random_is_a_draw():
     decoder = Decoder(toy("llama"))
-    order = ranked(METRICS["last"](decoder, decoder.blocks(), WINDOWS))
+    order = ranked(METRICS["last"].function(decoder, decoder.blocks(), WINDOWS))
     assert list(map(str, order)) == ["mlp2", "mha2", "mlp1", "mha1", "mlp0", "mha0"]
-    order = ranked(METRICS["last"](decoder, decoder.blocks("layer"), WINDOWS))
+    order = ranked(METRICS["last"].function(decoder, decoder.blocks("layer"), WINDOWS))
     assert list(map(str, order)) == ["layer2", "layer1", "layer0"]
-    draws = [tuple(ranked(METRICS["random"](decoder, decoder.blocks(), WINDOWS, seed=seed))) for seed in range(20)]
+    draws = [
+        tuple(ranked(METRICS["random"].function(decoder, decoder.blocks(), WINDOWS, seed=seed))) for seed in range(20)
+    ]
     assert len(set(draws)) > 15 and all(sorted(draw) == sorted(decoder.blocks()) for draw in draws)
-    assert draws[3] == tuple(ranked(METRICS["random"](decoder, decoder.blocks(), WINDOWS, seed=3)))
+    assert draws[3] == tuple(ranked(METRICS["random"].function(decoder, decoder.blocks(), WINDOWS, seed=3)))
 
 
 # ---- what it costs -------------------------------------------------------------------------------
@@ -212,10 +214,10 @@ def test_all_similarities_of_all_windows_come_from_one_forward_pass(name):
     assert decoder.counts == {"mha": W * L, "mlp": W * L}, "each block once a window, and no head"
     for n in range(1, L + 1):
         assert {i: found.angular[i, i + n].item() for i in range(L - n + 1)} == pytest.approx(
-            WINDOW_METRICS["angular"](decoder, n, WINDOWS), rel=1e-9
+            METRICS["angular"].function(decoder, n, WINDOWS), rel=1e-9
         )
         assert {i: 1 - found.pairs[i, i + n].item() for i in range(L - n + 1)} == pytest.approx(
-            WINDOW_METRICS["window_cos"](decoder, n, WINDOWS), rel=1e-9
+            METRICS["window_cos"].function(decoder, n, WINDOWS), rel=1e-9
         )
     for unit in decoder.blocks("layer"):
         assert found.cos[unit] == pytest.approx(found.pairs[unit.layer, unit.layer + 1].item(), abs=1e-12)
@@ -230,7 +232,9 @@ def test_a_parallel_layers_blocks_cost_one_pass_more():
 def test_the_batch_size_decides_nothing():
     decoder = Decoder(toy("llama"))
     for name, metric in METRICS.items():
-        one, five = (metric(decoder, decoder.blocks(), WINDOWS, batch_size=b) for b in (1, 5))
+        if metric.kind != "once":
+            continue
+        one, five = (metric.function(decoder, decoder.blocks(), WINDOWS, batch_size=b) for b in (1, 5))
         assert one == pytest.approx(five, rel=1e-5), name
 
 
@@ -246,9 +250,9 @@ def test_taylor_leaves_the_model_as_it_was():
     model.lm_head.weight.requires_grad_(True)
     before = copy.deepcopy(model.state_dict())
     decoder = Decoder(model)
-    METRICS["taylor"](decoder, decoder.blocks(), WINDOWS)
+    METRICS["taylor"].function(decoder, decoder.blocks(), WINDOWS)
     with pytest.raises(IndexError):
-        METRICS["taylor"](decoder, decoder.blocks(), WINDOWS + V)
+        METRICS["taylor"].function(decoder, decoder.blocks(), WINDOWS + V)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -257,11 +261,11 @@ def test_taylor_leaves_the_model_as_it_was():
 def test_quantised_weights_are_refused_by_name():
     model = toy("llama")
     decoder = Decoder(model)
-    check_weights(decoder, decoder.blocks(), "--metric taylor", inside=True)
+    require_weights(decoder, decoder.blocks(), "--metric taylor", inside=True)
     model.model.layers[1].mlp.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))
     for metric in ("taylor", "magnitude"):
         with pytest.raises(ValueError, match=f"--metric {metric}: the weights of this LlamaForCausalLM are quantised"):
-            METRICS[metric](decoder, decoder.blocks(), WINDOWS)
+            METRICS[metric].function(decoder, decoder.blocks(), WINDOWS)
 
 
 # ---- whole layers in the search ------------------------------------------------------------------
@@ -301,10 +305,10 @@ def test_every_engine_gives_layers_and_divergences_the_same_bits(name, objective
     for units in (decoder.blocks("layer"), decoder.blocks())[: 2 if objective == "kl" else 1]:
         given = (decoder, units, WINDOWS[:3], 2)
         same = {"batch_size": 2, "objective": OBJECTIVES[objective]}
-        expected = [(s.block, s.perplexity, s.scores) for s in exhaustive(*given, **same)]
+        expected = [(s.block, s.score, s.scores) for s in exhaustive(*given, **same)]
         runs = [cached(*given, **same, cache_bytes=budget) for budget in (0, 5 * state, 10**9)]
         for steps in (*runs, race(*given, **same, confidence=math.inf), streamed(*given, **same)):
-            assert [(s.block, s.perplexity, s.scores) for s in steps] == expected
+            assert [(s.block, s.score, s.scores) for s in steps] == expected
 
 
 def test_a_search_of_the_divergence_is_greedy_on_the_plain_model():
@@ -340,67 +344,7 @@ def test_a_layer_is_both_its_blocks_wherever_it_is_named(name):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-EVERY = [(m, "mix") for m in (*block_search.GREEDY, *block_search.ONE_SHOT)] + [
-    (m, "layer") for m in (*block_search.GREEDY, *block_search.ONE_SHOT, *block_search.WINDOWS)
-]
-
-
-def test_the_flag_knows_every_metric():
-    assert {name.removesuffix("-oneshot") for name in block_search.ONE_SHOT} == set(METRICS)
-    assert set(block_search.WINDOWS) == set(WINDOW_METRICS)
-
-
-@pytest.mark.parametrize("metric, block_type", EVERY)
-def test_every_metric_writes_the_same_order_file(search, tmp_path, toy_folder, metric, block_type):
-    run = search(metric=metric, block_type=block_type, del_block_num=4)
-    assert run.code == 0, run
-    name = {"ppl": "", "random": "_random42"}.get(metric, f"_{metric}" + ("2" if metric in WINDOW_METRICS else ""))
-    path = tmp_path / "out" / f"{toy_folder().name}_{block_type}{name}_text_ns_20_del_order_list.json"
-    assert run.result["order_file"] == str(path)
-    assert [p.name for p in path.parent.glob("*.json")] == [path.name]
-    order, meta = read_order(path)
-    assert len(order) == len(meta["steps"]) == 4 and meta["metric"] == metric
-    if block_type == "layer":
-        assert order[::2] == [Block("mha", b.layer) for b in order[1::2]]
-        assert [b.kind for b in order] == ["mha", "mlp"] * 2
-    kinds = ("layer",) if block_type == "layer" else ("mha", "mlp")
-    units = [f"{kind}{i}" for kind in kinds for i in range(L)]
-    if metric in WINDOW_METRICS:
-        scores = meta["window_scores"]
-        best = min(scores, key=scores.get)
-        assert [b.layer for b in order[::2]] == [int(best), int(best) + 1]
-    else:
-        step = next(step for step in meta["steps"] if step["scores"])
-        assert sorted(step["scores"]) == sorted(units)
-        lowest = min(step["scores"], key=step["scores"].get)
-        assert order[0] == Block("mha", int(lowest[5:])) if block_type == "layer" else str(order[0]) == lowest
-    percents = [step["removed_percent"] for step in meta["steps"]]
-    assert percents == sorted(percents) and run.result["removed_percent"] == percents[-1] > 0
-    written = path.read_bytes()
-    again = search(metric=metric, block_type=block_type, del_block_num=4)
-    assert "nothing to do" in again.out and again.result == run.result
-    assert path.read_bytes() == written
-
-
-@pytest.mark.parametrize("metric, block_type", [(m, t) for m, t in EVERY if m in ("ppl", "kl", "bi", "angular")])
-def test_the_perplexity_of_the_summary_is_that_of_the_pruned_model(search, evaluate, metric, block_type):
-    run = search(metric=metric, block_type=block_type, del_block_num=4)
-    replay = evaluate(ppl_search_file=run.result["order_file"], del_block_num=4).result
-    assert replay["perplexity"] == pytest.approx(run.result["perplexity"], rel=1e-6)
-    assert replay["pruning_ratio_percent"] == pytest.approx(run.result["removed_percent"])
-
-
-@pytest.mark.parametrize("metric", ("ppl", "kl", "bi"))
-def test_more_removals_continue_and_fewer_read_what_is_there(search, metric):
-    two = search(metric=metric, block_type="layer", del_block_num=2).result
-    four = search(metric=metric, block_type="layer", del_block_num=4).result
-    assert four["order"][:2] == two["order"]
-    straight = search(metric=metric, block_type="layer", del_block_num=4, overwrite=True).result
-    assert {k: v for k, v in four.items() if k != "seconds"} == {k: v for k, v in straight.items() if k != "seconds"}
-    less = search(metric=metric, block_type="layer", del_block_num=2)
-    assert "nothing to do" in less.out and less.result["order"] == two["order"]
-    judged_once = metric == "bi"  # and measured at the end only: the shorter order's perplexity is not known
-    assert less.result["perplexity"] == (None if judged_once else two["perplexity"])
+EVERY = [(name, kind) for kind in TYPES for name, m in METRICS.items() if kind == "layer" or m.kind != "run"]
 
 
 def test_settings_of_another_method_are_not_continued(search, refused):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from families import V, toy
 from memory import in_fresh_process, linux_only
+from searching import exhaustive, streamed
 
 from lib.decoder import Decoder
 from lib.evaluate import OBJECTIVES, window_losses
-from lib.importance import METRICS, WINDOW_METRICS
+from lib.importance import METRICS
 from lib.model import load_model
-from lib.search import exhaustive, streamed
 
 WINDOWS = torch.randint(V, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -102,7 +102,7 @@ def test_each_layer_is_moved_once_for_all_batches(offloaded, monkeypatch):
 
 def test_each_layer_is_moved_once_for_a_run_of_layers(offloaded):
     decoder, moves = offloaded
-    WINDOW_METRICS["window_ppl"](decoder, 2, WINDOWS, batch_size=1)
+    METRICS["window_ppl"].function(decoder, 2, WINDOWS, batch_size=1)
     assert moves() == [2, 2, 2], "runs start at layers 0 and 1"
 
 
@@ -110,16 +110,16 @@ def test_offloaded_weights_have_a_magnitude_and_no_gradient(toy_folder):
     inside, away = (Decoder(load_model(toy_folder("llama"), "fp32", offload=offload)) for offload in (False, True))
     units = inside.blocks("layer")
     for metric in ("magnitude", "ppl", "bi"):
-        assert METRICS[metric](away, units, WINDOWS) == METRICS[metric](inside, units, WINDOWS)
-    assert WINDOW_METRICS["window_ppl"](away, 1, WINDOWS) == WINDOW_METRICS["window_ppl"](inside, 1, WINDOWS)
+        assert METRICS[metric].function(away, units, WINDOWS) == METRICS[metric].function(inside, units, WINDOWS)
+    assert METRICS["window_ppl"].function(away, 1, WINDOWS) == METRICS["window_ppl"].function(inside, 1, WINDOWS)
     with pytest.raises(ValueError, match="--metric taylor: needs gradients.*LlamaForCausalLM are offloaded"):
-        METRICS["taylor"](away, units, WINDOWS)
+        METRICS["taylor"].function(away, units, WINDOWS)
 
 
 MEMORY = """
 from lib.decoder import Decoder
 from lib.model import load_model
-from lib.search import streamed
+from searching import streamed
 _, folder, small, how = sys.argv
 def search(folder, offload):
     decoder = Decoder(load_model(folder, "bf16", offload=offload))
@@ -146,7 +146,7 @@ def test_weights_of_four_times_the_memory_are_searched(toy_folder, tmp_path):
 STATES = """
 from lib.decoder import Decoder
 from lib.model import load_model
-from lib.search import exhaustive, streamed
+from searching import exhaustive, streamed
 windows = torch.arange(4096).view(32, 128) % 256
 def search(engine, **options):
     decoder = Decoder(load_model(sys.argv[1], "fp32", offload=True))

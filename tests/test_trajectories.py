@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from families import V, toy
+from searching import cached, exhaustive, race, streamed
 
 from lib.decoder import Decoder
 from lib.evaluate import Objective, next_token
 from lib.memory import HOST, Store, _free_on_host, rooms
-from lib.search import cached, exhaustive, race, streamed
 from lib.trajectories import Trajectories
 
 WINDOWS = torch.randint(V, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -103,9 +103,9 @@ def watched(monkeypatch):
         stores, batches = [], []
         decoder = Decoder(toy("llama", num_hidden_layers=4))
         on_gpus(decoder, gpus)
-        monkeypatch.setattr("lib.search.rooms", lambda devices, cache_bytes: given)
-        monkeypatch.setattr("lib.search.Store", lambda rooms: stores.append(Watched(rooms)) or stores[-1])
-        monkeypatch.setattr("lib.search.Trajectories", lambda *a: batches.append(Trajectories(*a)) or batches[-1])
+        monkeypatch.setattr("lib.engines.rooms", lambda devices, cache_bytes: given)
+        monkeypatch.setattr("lib.engines.Store", lambda rooms: stores.append(Watched(rooms)) or stores[-1])
+        monkeypatch.setattr("lib.engines.Trajectories", lambda *a: batches.append(Trajectories(*a)) or batches[-1])
         steps = list(engine(decoder, decoder.blocks(), WINDOWS, 4, batch_size=2, objective=goal, **options))
         return [(s.block, s.scores) for s in steps], stores[0], batches
 
@@ -123,8 +123,9 @@ def test_kept_states_stay_within_their_rooms(watched, engine, options, gpu, host
     kept = [h for batch in batches for states in batch.kept.values() for h in states.values()]
     assert sorted(map(id, kept)) == sorted(map(id, store.held))
     for batch in batches:
-        for block in list(batch.kept):
-            batch.forget(block)
+        for states in batch.kept.values():
+            for held in states.values():
+                store.drop(held)
     assert store.held == [] and dict(store.rooms) == store.first
     if gpu + host >= 20:  # enough for the base model's states of all windows
         assert {device for device, room in store.first.items() if room} == store.most.keys()

@@ -251,6 +251,27 @@ def distance_map(rows):
     return figure
 
 
+def speeds(summary):
+    """Return bars of scripts.bench_model's medians, prefill and decode tokens/s, with the lowest and the highest."""
+    models = summary["models"]
+    figure, panels = _figure(10, 4, 1, 2)
+    width = 0.8 / len(models)
+    for axis, what in zip(panels, ("prefill", "decode"), strict=True):
+        for m, model in enumerate(models):
+            spreads = [speed[f"{what}_tokens_per_second"] for speed in model["speed"]]
+            medians = [s["median"] for s in spreads]
+            errors = [[s["median"] - s["low"] for s in spreads], [s["high"] - s["median"] for s in spreads]]
+            at = [i + (m - (len(models) - 1) / 2) * width for i in range(len(spreads))]
+            axis.bar(at, medians, width, yerr=errors, capsize=3, label=_literal(model["name"]))
+        settings = [f"{s['batch_size']} x {s['prompt_length']}" for s in models[0]["speed"]]
+        axis.set_xticks(range(len(settings)), settings)
+        axis.set_xlabel("prompts x tokens")
+        axis.set_ylabel("tokens/s")
+        axis.set_title(f"{what}, {summary['dtype']} on {summary['device']}")
+    axis.legend()
+    return figure
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
