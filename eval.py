@@ -74,7 +74,13 @@ def main(argv=None):
         most = args.limit.get(task, args.limit.get(None))
         with parser.full_gpu("take a smaller --batch-size"):
             result["tasks"] |= zero_shot(
-                model, tokenizer, [task], args.batch_size, args.num_fewshot, most, args.task_data
+                model,
+                tokenizer,
+                [task],
+                batch_size=args.batch_size,
+                num_fewshot=args.num_fewshot,
+                limit=most,
+                task_data=args.task_data,
             )
         save()
     print()

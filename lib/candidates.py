@@ -33,7 +33,7 @@ class Candidates(NamedTuple):
     enough: Callable
 
 
-def candidates(layers, total, block_type, number=0, ratio=None, first=0, last=0, consecutive=False):
+def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last=0, consecutive=False):
     """Return the Candidates in `layers`, decoder layers with or without weights, of a model of `total` parameters.
 
     number: blocks to remove; ratio: instead, the share of `total` to reach with the fewest removals;

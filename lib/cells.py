@@ -260,10 +260,10 @@ def run_task(bench, task, removed):
             bench.decoder.model,
             bench.tokenizer,
             [task],
-            tasks.batch_size,
-            tasks.num_fewshot,
-            tasks.rows(task),
-            tasks.data,
+            batch_size=tasks.batch_size,
+            num_fewshot=tasks.num_fewshot,
+            limit=tasks.rows(task),
+            task_data=tasks.data,
         )[task]
 
 

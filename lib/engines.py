@@ -31,15 +31,15 @@ class Exhaustive:
     def __init__(self, decoder, units, windows, batch_size=8, objective=next_token):
         self.decoder, self.windows, self.batches = decoder, windows, windows.split(batch_size)
         self.streams = [decoder.embed(ids) for ids in self.batches]
-        self.goal = objective(decoder, self.batches)
-        self.score = self.goal.score
+        self.objective = objective(decoder, self.batches)
+        self.score = self.objective.score
 
     def losses(self, wanted, removed):
         """Yield (batch, unit, token losses (B, n)) for each unit of wanted, {batch: units}, on top of `removed`."""
         for k, units in wanted.items():
             for unit in units:
                 (h,) = last_states(self.decoder, [self.streams[k]], {*removed, unit})
-                yield k, unit, self.goal.losses(k, h)
+                yield k, unit, self.objective.losses(k, h)
 
 
 class Cached(Exhaustive):
@@ -55,7 +55,7 @@ class Cached(Exhaustive):
         state_bytes = sum(stream.h.nbytes for stream in self.streams)
         keeping = Keeping(units, decoder.n_layers, state_bytes, sum(store.rooms.values()))
         self._trajectories = [
-            Trajectories(decoder, stream, keeping, store, functools.partial(self.goal.losses, k))
+            Trajectories(decoder, stream, keeping, store, functools.partial(self.objective.losses, k))
             for k, stream in enumerate(self.streams)
         ]
 
@@ -115,7 +115,7 @@ class Streamed(Exhaustive):
             start = last
             for unit in group:
                 for k, held in states.pop(unit).items():
-                    yield k, unit, self.goal.losses(k, store.get(held, streams[k].h))
+                    yield k, unit, self.objective.losses(k, store.get(held, streams[k].h))
                     store.drop(held)
         for held in base.values():
             store.drop(held)

@@ -159,7 +159,7 @@ def window_ppl(decoder, n, windows, *, batch_size=8, first=0, last=0, progress=N
         return scores
     losses = {i: [] for i in windows_of}
     batches = windows.split(batch_size)
-    goal = OBJECTIVES["ppl"](decoder, batches)
+    objective = OBJECTIVES["ppl"](decoder, batches)
     for k, ids in enumerate(batches):
         stream = decoder.embed(ids)
         x = stream.h
@@ -168,11 +168,11 @@ def window_ppl(decoder, n, windows, *, batch_size=8, first=0, last=0, progress=N
                 h = x
                 for j in range(i + n, decoder.n_layers):
                     h = decoder.run(j, decoder.kinds(j), h, stream)
-                losses[i].append(goal.losses(k, h))
+                losses[i].append(objective.losses(k, h))
                 if progress:
                     progress(len(ids))
             x = decoder.run(i, decoder.kinds(i), x, stream)
-    return {i: goal.score(losses[i]) for i in windows_of}
+    return {i: objective.score(losses[i]) for i in windows_of}
 
 
 # ---- the table -----------------------------------------------------------------------------------

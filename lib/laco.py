@@ -46,6 +46,7 @@ def collapse(
     decoder,
     windows,
     merge=4,
+    *,
     interval=2,
     lowest=1,
     highest=None,

@@ -257,7 +257,7 @@ def check_room(needed, device):
 
 
 def train(
-    student, teacher, windows, watched, recipe, work, every, report=lambda line: None, use_cpu=False, save_every=None
+    student, teacher, windows, watched, recipe, work, *, every, save_every=None, report=lambda line: None, use_cpu=False
 ):
     """Train what `set_trainable` marks in the student; return its state dict, float32, on the CPU, and the history.
 

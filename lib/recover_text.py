@@ -79,7 +79,7 @@ def shared_runs(windows, watched, run=RUN):
     return int(torch.isin(own, seen).sum())
 
 
-def write_own_text(model, tokenizer, n_documents, seqlen, seed, path, batch_size=8, progress=iter):
+def write_own_text(model, tokenizer, n_documents, seqlen, *, seed, path, batch_size=8, progress=iter):
     """Return n_documents texts of at most seqlen tokens that the model writes by sampling, kept in the file `path`.
 
     Sampling at temperature 1 from the model's whole distribution, from its first token on: where a text's own data is

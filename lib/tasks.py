@@ -29,7 +29,7 @@ TASK_FILES = Path(__file__).resolve().parent.parent / "lm_eval"
 FEWSHOT_SEED = 1234  # the harness's default
 
 
-def zero_shot(model, tokenizer, tasks, batch_size=1, num_fewshot=0, limit=None, task_data=None) -> dict[str, dict]:
+def zero_shot(model, tokenizer, tasks, *, batch_size=1, num_fewshot=0, limit=None, task_data=None) -> dict[str, dict]:
     """Each task's accuracy, {task: {score, metric, acc, acc_norm, stderr, items}}, as fractions.
 
     The score is acc_norm where the task has it, else acc (the paper's convention), else exact_match; a task that

@@ -31,7 +31,7 @@ def main(argv=None):
     with parser.user_errors():  # everything that can fail fails before weights are read
         flags.check_folder(args.output_dir, "--output-dir")
         bare = flags.open_bare(args)
-        dtype = check(args, bare)
+        dtype = stored_dtype(args, bare)
         text = flags.open_text(args, flags.open_tokenizer(args), bare)
         decoder = flags.open_decoder(args, text.windows)
     flags.print_opened(args, text, decoder)
@@ -93,8 +93,8 @@ def slices(model_path, n_layers, start, n, dtype):
     return "\n".join([*lines, "merge_method: passthrough", f"dtype: {dtype}"]) + "\n"
 
 
-def check(args, bare):
-    """Raise ValueError where --layers-to-skip cannot work; return the checkpoint's dtype."""
+def stored_dtype(args, bare):
+    """Return the checkpoint's dtype; raise ValueError where --layers-to-skip cannot work."""
     from lib.decoder import find_layers
 
     L = len(find_layers(bare))

@@ -94,7 +94,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     with parser.user_errors():  # everything that can fail fails before weights are read
-        vocabulary, order, meta = check(args)
+        vocabulary, order, meta = vocabulary_and_order(args)
         subjects = load(args, order)
     if order:
         flags.warn_of_order(first_of(args), meta, order)
@@ -146,7 +146,7 @@ def main(argv=None):
     print(to_json(summary))
 
 
-def check(args):
+def vocabulary_and_order(args):
     """Raise ValueError for what flags, files and configurations already tell.
 
     Returns (size of the smallest vocabulary, removals of the order or None, its meta).

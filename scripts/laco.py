@@ -94,14 +94,14 @@ def main(argv=None):
             decoder,
             windows,
             merge,
-            args.interval,
-            args.lowest,
-            args.highest,
-            args.variant,
-            args.threshold,
-            remove,
-            args.ppl_eval_batch_size,
-            lambda: compared.append(1),
+            interval=args.interval,
+            lowest=args.lowest,
+            highest=args.highest,
+            variant=args.variant,
+            threshold=args.threshold,
+            remove=remove,
+            batch_size=args.ppl_eval_batch_size,
+            progress=lambda: compared.append(1),
         )
         seconds = time.perf_counter() - start
         for place, similarity in collapsed.merges:
@@ -184,8 +184,7 @@ def layers_to_remove(args, bare):
     highest = len(layers) if args.highest is None else args.highest
     remove = args.del_layer_num
     if args.target_ratio is not None:
-        plan = candidates(layers, parameter_count(bare), "layer", ratio=args.target_ratio, consecutive=True)
-        remove = plan.window
+        remove = candidates(layers, parameter_count(bare), "layer", ratio=args.target_ratio, consecutive=True).window
     merge = args.merge_layers or merge_sizes(remove)[0]
     if args.target_ratio is not None:
         remove += -remove % (merge - 1)

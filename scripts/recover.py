@@ -181,10 +181,10 @@ def run(parser, args):
             text.watched,
             recipe,
             work,
-            every,
-            progress,
-            device == "cpu",
-            args.checkpoint_every,
+            every=every,
+            save_every=args.checkpoint_every,
+            report=progress,
+            use_cpu=device == "cpu",
         )
     except recover.Diverged as error:
         kept = recover.last_checkpoint(work)
@@ -326,7 +326,9 @@ def own_text(args, teacher, tokenizer, work):
     from lib.data import Corpus
     from lib.recover_text import write_own_text
 
-    documents = write_own_text(teacher, tokenizer, args.self_text, args.seqlen, args.seed, work / "self_text.json")
+    documents = write_own_text(
+        teacher, tokenizer, args.self_text, args.seqlen, seed=args.seed, path=work / "self_text.json"
+    )
     return Corpus(documents, None, "written by the teacher")
 
 

@@ -111,7 +111,17 @@ def test_layers_merge_as_the_paper_and_its_notebook_say(name, threshold, C, inte
     model = deep_toy(name)
     decoder = Decoder(model)
     before = copy.deepcopy(model.state_dict())
-    found = collapse(decoder, WINDOWS, C, interval, low, high, variant, threshold=threshold, batch_size=1)
+    found = collapse(
+        decoder,
+        WINDOWS,
+        C,
+        interval=interval,
+        lowest=low,
+        highest=high,
+        variant=variant,
+        threshold=threshold,
+        batch_size=1,
+    )
     assert [place for place, _ in found.merges] == [place for place, _ in merges] != []
     assert [s for _, s in found.merges] == pytest.approx([s for _, s in merges], rel=1e-5)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items()), "not changed yet"
@@ -128,12 +138,12 @@ def test_layers_merge_as_the_paper_and_its_notebook_say(name, threshold, C, inte
 @pytest.mark.parametrize("remove, merge", ((1, 2), (2, 3), (3, 2), (4, 3), (3, 4)))
 def test_the_threshold_is_found_for_a_number_of_layers(remove, merge):
     decoder, compared = Decoder(deep_toy()), []
-    found = collapse(decoder, WINDOWS, merge, 1, remove=remove, progress=lambda: compared.append(1))
+    found = collapse(decoder, WINDOWS, merge, interval=1, remove=remove, progress=lambda: compared.append(1))
     assert len(found.layers) == L - remove
     assert found.threshold > -1 and all(s > found.threshold for _, s in found.merges)
-    straight = collapse(decoder, WINDOWS, merge, 1, threshold=found.threshold)
+    straight = collapse(decoder, WINDOWS, merge, interval=1, threshold=found.threshold)
     assert straight.merges[: len(found.merges)] == found.merges
-    assert len(collapse(decoder, WINDOWS, merge, 1, threshold=found.threshold + 5e-4).layers) > L - remove
+    assert len(collapse(decoder, WINDOWS, merge, interval=1, threshold=found.threshold + 5e-4).layers) > L - remove
     assert len(compared) < 120, "a state is compared once, whatever the threshold"
 
 

@@ -57,7 +57,16 @@ def trained(folder, teacher, work, recipe=RECIPE, report=lambda line: None, ever
     """Train an export towards a teacher and return (the model merged, history)."""
     student = recover.set_trainable(load(folder), recipe.train)
     state, history = recover.train(
-        student, teacher, WINDOWS, WATCHED, recipe, work, every, report, use_cpu=True, save_every=save_every
+        student,
+        teacher,
+        WINDOWS,
+        WATCHED,
+        recipe,
+        work,
+        every=every,
+        save_every=save_every,
+        report=report,
+        use_cpu=True,
     )
     return recover.merge(load(folder), state, recipe.train), history
 
@@ -171,7 +180,7 @@ def test_merged_adapters_compute_what_they_did_beside_the_weights(pruned, toy_fo
     folder, teacher = pruned(), Teacher(load(toy_folder()))
     recipe = RECIPE._replace(train="lora", lr=3e-2)
     student = recover.set_trainable(load(folder), "lora")
-    state, history = recover.train(student, teacher, WINDOWS, WATCHED, recipe, tmp_path / "work", 6, use_cpu=True)
+    state, history = recover.train(student, teacher, WINDOWS, WATCHED, recipe, tmp_path / "work", every=6, use_cpu=True)
     assert mean_loss(history, [11, 12]) < mean_loss(history, [1, 2])
     with torch.no_grad():
         beside = student.eval()(input_ids=WINDOWS[:2]).logits
