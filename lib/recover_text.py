@@ -108,11 +108,6 @@ def write_own_text(model, tokenizer, n_documents, seqlen, *, seed, path, batch_s
     return documents
 
 
-def short_name(dataset):
-    """Return the name of a data set or file as results have it."""
-    return Path(dataset).stem if Path(dataset).suffix else str(dataset)
-
-
 def _filling(documents, tokenizer, tokens):
     """Return how many of the first documents have so many tokens together; all where they have fewer."""
     low, high = 1, len(documents)

@@ -311,7 +311,7 @@ def check_seqlen(config, seqlen):
 def read_corpora(args):
     """Return {name: Corpus} of --cal-dataset, several joined by +."""
     from lib.data import load_documents
-    from lib.recover_text import short_name
+    from lib.records import short_name
 
     given = args.cal_dataset
     names = [] if given is None else [given] if Path(given).is_file() else given.split("+")
@@ -335,7 +335,8 @@ def own_text(args, teacher, tokenizer, work):
 def cut_text(args, info, corpora, tokenizer, n_windows):
     """Return the Text that is trained on and watched."""
     from lib.data import load_documents, sample_documents
-    from lib.recover_text import first_windows, pack, shared_runs, short_name, split
+    from lib.records import short_name
+    from lib.recover_text import first_windows, pack, shared_runs, split
 
     search, parts = info.get("search", {}), []
     for name, corpus in corpora.items():
