@@ -152,9 +152,14 @@ def gguf_reader(path):
 
 @functools.lru_cache(maxsize=2)
 def _parsed(path, modified):
+    import numpy as np
     from gguf.gguf_reader import GGUFReader
 
-    return GGUFReader(path)
+    reader = GGUFReader(path)
+    name = reader.fields.get("general.name")
+    if name and name.contents() == "mistral":  # transformers would take it for the architecture, which no file has
+        name.parts[name.data[0]] = np.frombuffer(b"Mistral", "uint8")
+    return reader
 
 
 @contextlib.contextmanager

@@ -107,13 +107,6 @@ def saved(tmp_path):
     return save
 
 
-@pytest.fixture
-def modules_cache(tmp_path, monkeypatch):
-    """Keep remote code that this process loads out of the user's cache."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-
-
 # ---- parity --------------------------------------------------------------------------------------
 
 

@@ -228,9 +228,13 @@ def test_the_check_compares_with_the_blocks_that_the_file_names(call, folder, te
     save_gguf(tmp_path / "other.gguf", model, info)
     run = call(check_gguf.main, str(tmp_path / "other.gguf"), *flags(**given))
     assert run.code == 1 and run.result["logprob"] > 0.01 and "more than 0.01" in run.err
-    del model.fields["pruning_info"]
-    save_gguf(tmp_path / "bare.gguf", model)
-    assert_refused(call(check_gguf.main, str(tmp_path / "bare.gguf"), *flags(**given)), "no pruning_info")
+    dense = read_gguf(written(folder(), tmp_path / "dense", ""))
+    for name, bare in (("dense", dense), ("pruned", model)):  # without pruning_info it is the dense model, or fails
+        del bare.fields["pruning_info"]
+        save_gguf(tmp_path / f"{name}.gguf", bare)
+    run = call(check_gguf.main, str(tmp_path / "dense.gguf"), *flags(**given))
+    assert run.code == 0 and run.result["logprob"] < 1e-4 and "0 blocks removed" in run.out
+    assert call(check_gguf.main, str(tmp_path / "pruned.gguf"), *flags(**given)).code == 1
 
 
 def test_the_check_passes_neither_nan_nor_a_short_text(call, folder, text, tmp_path, monkeypatch):

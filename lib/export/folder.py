@@ -56,8 +56,7 @@ def check_target(folder, path, overwrite=False):
         raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
         if (folder / "model.gguf").is_file():
-            read_info(folder / "model.gguf")
-            ours = True
+            ours = read_info(folder / "model.gguf") is not None
         else:
             ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

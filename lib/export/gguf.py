@@ -196,13 +196,10 @@ def replaced(model, edit):
 
 
 def read_info(path):
-    """Return the pruning_info of an exported file; raise ValueError where it has none."""
+    """Return the pruning_info of an exported file, None of another; raise ValueError where it cannot be read."""
     with readable(path, "gguf"):
         field = gguf_reader(path).get_field("pruning_info")
-        info = json.loads(field.contents()) if field else None
-    if info is None:
-        raise ValueError(f"{path}: has no pruning_info; give a model.gguf of format gguf")
-    return info
+        return json.loads(field.contents()) if field else None
 
 
 def _check_file(path, model, reader):
@@ -212,7 +209,7 @@ def _check_file(path, model, reader):
     if model.arch not in ARCHS.values():
         refuse(
             f"architecture {model.arch}; format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
-            "give the model's folder and use format hf",
+            "use format stock or hf, which read this file too",
         )
     missing = [key for key in REQUIRED if model.get(key) is None]
     if missing:
@@ -225,11 +222,11 @@ def _check_file(path, model, reader):
         if key.startswith(f"{model.arch}.") and isinstance(field.value, list):
             refuse(f"{key} differs from layer to layer", "give the file of the model before it was changed")
     if model.get("rope.dimension_count", _head_size(model)) != _head_size(model):
-        refuse("it rotates a part of each head", "give the model's folder and use format hf")
+        refuse("it rotates a part of each head", "use format stock or hf, which read this file too")
     for name in model.tensors:  # experts, fused projections
         match = BLOCK.fullmatch(name)
         if name.startswith("blk.") and (not match or match[3] not in ATTENTION + MLP):
-            refuse(f"{name} is of no known block", "give the model's folder and use format hf")
+            refuse(f"{name} is of no known block", "use format stock or hf, which read this file too")
     for part in (*(f"blk.{i}.{p}" for i in range(model.get("block_count")) for p in ATTENTION + MLP), *OUTER):
         if f"{part}.weight" not in model.tensors:
             refuse(f"it lacks {part}.weight", "give a complete file")
