@@ -69,8 +69,8 @@ def main(argv=None):
     print(f"format        {result['format']}")
     if "stored_parameters" in result:
         print(
-            f"stored        {result['stored_parameters']:,} parameters: a head of its own, wider MLPs, and "
-            "zeros where runtimes expect weights"
+            f"stored        {result['stored_parameters']:,} parameters: wider MLPs, and zeros where runtimes expect "
+            "weights"
         )
     if result["format"] == "zeroed":
         print("note          the removed blocks are zero, not gone: this checkpoint is as large and slow as its base")

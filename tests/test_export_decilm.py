@@ -104,7 +104,8 @@ def reference(folder):
             x = x + attention(norm(x, f"{at}.input_layernorm.weight"), f"{at}.self_attn", block["attention"])
         if not block["ffn"]["no_op"]:
             x = x + mlp(norm(x, f"{at}.post_attention_layernorm.weight"), f"{at}.mlp", block["ffn"])
-    logits = linear(norm(x, "model.norm.weight"), "lm_head", False)
+    head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+    logits = linear(norm(x, "model.norm.weight"), head, False)
     assert used | {"model.embed_tokens.weight"} == set(w)  # nothing lacks and nothing is left over
     return logits
 
@@ -167,7 +168,7 @@ def test_the_configuration_is_what_vllm_sglang_and_mlx_lm_read(toy_folder, tmp_p
     assert config["pruning_info"]["removed"] == ["mha0", "mha1", "mlp2"]
     weights = load_file(folder / "model.safetensors")
     assert not any(weights[n].any() for n in weights if n.startswith("model.layers.0.self_attn"))
-    assert "lm_head.weight" in weights  # tied or not: not every loader looks
+    assert ("lm_head.weight" in weights) == ("tie_word_embeddings" not in overrides)
     assert "layer 0" in (folder / "README.md").read_text().lower()
 
 

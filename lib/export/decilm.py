@@ -61,7 +61,7 @@ def as_decilm(source, removed, info):
         )
     verify(type(source.bare), config, [source.entry(name) for name in source.names()])
     entries = _entries(source, layers)
-    info["stored_parameters"] = sum(math.prod(entry.shape) for entry in entries)  # a head, zeros, wider MLPs
+    info["stored_parameters"] = sum(math.prod(entry.shape) for entry in entries)  # zeros, wider MLPs
     settings = json.dumps(_config(source, layers, info), indent=2) + "\n"
 
     def write(folder):
@@ -179,10 +179,7 @@ def _entries(source, layers):
         if ".mlp." in entry.name:
             entry = _widened(entry, int("down_proj" in entry.name), padded(config.intermediate_size))
         entries.append(entry)
-    names, embedding = {entry.name for entry in entries}, source.entry(_embedding(source))
-    if "lm_head.weight" not in names:
-        entries.append(embedding._replace(name="lm_head.weight"))
-    H, dtype = config.hidden_size, embedding.dtype
+    H, dtype = config.hidden_size, source.entry(_embedding(source)).dtype  # a tied head is the embedding, here too
     if layers[0].mha is None:
         kv = head_size(config) * config.num_key_value_heads
         shapes = {"q_proj": (H, H), "k_proj": (kv, H), "v_proj": (kv, H), "o_proj": (H, H)}

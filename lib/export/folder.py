@@ -194,7 +194,7 @@ def card(source, info, how_to_load):
     less = f"(-{info['removed_percent']:.2f} %)"
     lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} {less} |"]
     if "stored_parameters" in info:
-        lines += [f"| parameters in the file | | {info['stored_parameters']:,} |"]  # padding, a head of its own
+        lines += [f"| parameters in the file | | {info['stored_parameters']:,} |"]  # padding
     measured = [(info, f"{search.get('dataset', 'calibration')}, the search's text")]
     if evaluated := info["evaluated"]:
         measured.append((evaluated, ", ".join(filter(None, (evaluated["dataset"], evaluated.get("limit"))))))
