@@ -172,6 +172,13 @@ def test_the_configuration_is_what_vllm_sglang_and_mlx_lm_read(toy_folder, tmp_p
     assert "layer 0" in (folder / "README.md").read_text().lower()
 
 
+def test_a_window_that_slides_bounds_the_positions(toy_folder, tmp_path):
+    for removed, most in (("mlp1", 8), ("mha1 mha2", 128)):
+        folder = written(toy_folder("qwen2-sliding"), tmp_path / removed[:4], removed)
+        assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == most
+        assert ("at most 8 tokens" in (folder / "README.md").read_text()) == (most == 8)
+
+
 def test_scaled_rotations_are_written_in_both_spellings(toy_folder, tmp_path):
     folder = toy_folder(rope_parameters=None)  # saved apart from the plain toy
     config = json.loads((folder / "config.json").read_text()) | {"rope_parameters": LLAMA3}
@@ -229,10 +236,9 @@ def test_transformers_itself_refuses_the_checkpoint(toy_folder, tmp_path):
     (
         ("gemma2", {}, "mlp1", ("gemma2", "llama, mistral, qwen2", "format hf")),
         ("qwen3", {}, "mlp1", ("qwen3", "llama, mistral, qwen2", "format hf")),
-        ("mistral", {}, "mlp1", ("sliding window of 8", "format hf")),
         ("llama", {"head_dim": 16}, "mlp1", ("4 heads of 16", "hidden size 32", "format gguf or hf")),
         ("llama-bias", {}, "mlp1", ("MLPs have biases", "format gguf or hf")),
-        ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "format hf")),
+        ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "silu for llama", "format hf")),
         ("llama", {}, "mha0 mha1 mha2", ("no attention is left", "format zeroed")),
     ),
 )
