@@ -131,8 +131,8 @@ def _chain(family, steps, anchor):
     """
     members = {k: v for k, v in vars(family).items() if k not in ("__dict__", "__weakref__", "__init__")}
     bases = tuple(nn.Module if base is GradientCheckpointingLayer else base for base in family.__bases__)
-    if bases != family.__bases__:
-        members["forward"] = family.forward.__wrapped__  # without the recomputing
+    if bases != family.__bases__ and "__init_subclass__" in vars(GradientCheckpointingLayer):
+        members["forward"] = family.forward.__wrapped__  # without the recomputing, which is in __call__ until 5.19
     for step in steps:
         step.__class__ = type(f"{family.__name__}Step", bases, members)
     chain = object.__new__(type(family.__name__, (family,), {"forward": _run_chain, "__init__": nn.Module.__init__}))
