@@ -34,3 +34,26 @@ UNITS = (*KINDS, "layer")  # what can be masked and removed as one
 def blocks_of(units):
     """Return the blocks that `units` are made of: a layer is its mha, then its mlp."""
     return [Block(kind, i) for unit, i in units for kind in (KINDS if unit == "layer" else (unit,))]
+
+
+def parse_blocks(text, n_layers):
+    """Return the blocks that a list such as "mha5,mlp7,layer21-28" names, in its order, of a model of n_layers layers.
+
+    A range counts both its ends; a layer is its mha, then its mlp. Raises ValueError, naming the part, for what names
+    no block of the model, and for a block that is named twice.
+    """
+    blocks = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(mha|mlp|layer)([0-9]+)(?:-([0-9]+))?", part.strip())
+        if not match:
+            raise ValueError(
+                f"{brief(part)} names no blocks; allowed are mha5, mlp7, layer21-28, and lists with commas"
+            )
+        first, last = int(match[2]), int(match[3] or match[2])
+        if not first <= last < n_layers:
+            raise ValueError(f"{brief(part)}: the model has layers 0 to {n_layers - 1}, and ranges run upwards")
+        for block in blocks_of((match[1], i) for i in range(first, last + 1)):
+            if block in blocks:
+                raise ValueError(f"{brief(part)}: {block} is named before; name each block once")
+            blocks.append(block)
+    return blocks

@@ -10,6 +10,7 @@ weight is read; a checkpoint that would leave weights at random values is refuse
 import contextlib
 import copy
 import functools
+import json
 import logging
 import platform
 import re
@@ -27,6 +28,10 @@ HINTS = {  # what to do where a part of a model cannot be read
     "tokenizer": "tokenizer.json, or tokenizer.model, and tokenizer_config.json belong beside the weights",
     "weights": "a file is missing, cut short or damaged: copy or download it again",
     "gguf": "it is cut short, or of an architecture that this transformers cannot convert: give the model's folder",
+}
+TEXT_NAMES = {  # of a text decoder inside a multimodal model -> of the same one standing alone
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^(language_model\.model|model\.language_model)\.": "model.",
 }
 
 
@@ -54,6 +59,8 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
     if gguf:
         kwargs |= {"gguf_file": gguf, **_dequantise()}
     kwargs["config"] = load_config(path, trust_remote_code)
+    if inside_another(path, trust_remote_code):
+        kwargs["key_mapping"] = TEXT_NAMES
     with readable(path, "weights"), quiet(), parsed_once():
         model, info = AutoModelForCausalLM.from_pretrained(where, **kwargs)
     mismatched = sorted(info["mismatched_keys"])
@@ -69,18 +76,22 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
             f"{path}: {len(missing)} weights are not in the checkpoint and would be random "
             f"({', '.join(missing[:3])}, ...); give a complete checkpoint of {type(model).__name__}"
         )
-    _check_complete(path, where, model, info)
+    _check_complete(path, where, model, info, "key_mapping" in kwargs)
     if device_map is None:
         model.to(device)
     model.eval().requires_grad_(False)
     return model
 
 
-def _check_complete(path, where, model, info):
-    """Raise ValueError where the files hold another model than the configuration: more layers, or a head of its own."""
+def _check_complete(path, where, model, info, inside):
+    """Raise ValueError where the files hold another model than the configuration: more layers, or a head of its own.
+
+    inside: whether other parts of a multimodal model lie there too.
+    """
     from safetensors import safe_open
 
-    left = [name for name in info["unexpected_keys"] if re.search(r"(layers|h|blocks?)\.\d+\.", name)]
+    layers = r"^model\.layers\.\d+\." if inside else r"(layers|h|blocks?)\.\d+\."
+    left = [name for name in info["unexpected_keys"] if re.search(layers, name)]
     if left:
         raise ValueError(
             f"{path}: {len(left)} weights of layers have no place in the model of its config.json "
@@ -89,10 +100,10 @@ def _check_complete(path, where, model, info):
     entries = {}
     for file in Path(where).glob("*.safetensors"):
         opened = safe_open(file, "pt")
-        entries |= dict.fromkeys(opened.keys(), opened)
+        entries |= {text_name(name) if inside else name: (opened, name) for name in opened.keys()}
     ties = getattr(model, "_tied_weights_keys", None) if getattr(model.config, "tie_word_embeddings", False) else None
     for head, own in ties.items() if isinstance(ties, dict) else ():
-        both = [entries[name].get_tensor(name) for name in (head, own) if name in entries]
+        both = [file.get_tensor(name) for file, name in (entries[name] for name in (head, own) if name in entries)]
         if len(both) == 2 and not torch.equal(*both):
             raise ValueError(
                 f"{path}: its configuration ties {head} to {own}, but it holds both and they differ; "
@@ -110,27 +121,75 @@ def skeleton(path, trust_remote_code=False):
 
 
 def load_config(path, trust_remote_code=False):
-    """Return the configuration of the model at `path`; refuse what is no decoder-only model."""
-    from transformers import AutoConfig
+    """Return the configuration of the model at `path`, of a multimodal one that of its text decoder.
 
-    where, gguf = locate(path)
-    if gguf:
-        config = copy.deepcopy(_gguf_config(path, Path(where, gguf).stat().st_mtime_ns))
-    else:
-        with readable(path, "configuration"), quiet():
-            config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    Raises ValueError for what holds no decoder-only model.
+    """
+    config = _read_config(path, trust_remote_code)
     if config.is_encoder_decoder:
         raise ValueError(
             f"{path}: {type(config).__name__} is an encoder-decoder; "
             "blocks are searched in decoder-only language models"
         )
-    classes = config.architectures or []
-    if classes and not any("CausalLM" in name or "LMHead" in name for name in classes):
+    if not _is_multimodal(config):
+        return config
+    from transformers import AutoModelForCausalLM
+
+    text = copy.deepcopy(getattr(config, "text_config", None))
+    if text is None or type(text) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(
-            f"{path}: {', '.join(classes)} is no causal language model; "
-            "use a checkpoint whose architecture ends in ForCausalLM or LMHeadModel"
+            f"{path}: {', '.join(config.architectures)} is no causal language model, and transformers has "
+            "none for a text decoder in it; use a checkpoint whose architecture ends in ForCausalLM or LMHeadModel"
         )
-    return config
+    stored = _stored_names(path)  # configurations of this kind contradict each other on whether the head is tied
+    tied = config.tie_word_embeddings if stored is None else "lm_head.weight" not in map(text_name, stored)
+    text.tie_word_embeddings, text.dtype = tied, text.dtype or config.dtype
+    text.name_or_path = config.name_or_path
+    if hasattr(config, "quantization_config"):
+        text.quantization_config = config.quantization_config
+    return text
+
+
+def inside_another(path, trust_remote_code=False):
+    """Whether the model at `path` is the text decoder inside a multimodal one, and its weights are named so."""
+    return _is_multimodal(_read_config(path, trust_remote_code))
+
+
+def text_name(name):
+    """Return what a multimodal model's tensor is called where the text decoder stands alone, None of other parts."""
+    for pattern, new in TEXT_NAMES.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name)
+    return name if name.startswith("lm_head.") else None
+
+
+def _is_multimodal(config):
+    classes = config.architectures or []
+    return bool(classes) and not any("CausalLM" in name or "LMHead" in name for name in classes)
+
+
+def _stored_names(path):
+    """Return the names of a checkpoint's tensors, None where they are not known before it is downloaded."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    where, _ = locate(path)
+    index = cached_file(where, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index:
+        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    single = Path(where, "model.safetensors")
+    return list(safe_open(single, "pt").keys()) if single.is_file() else None
+
+
+def _read_config(path, trust_remote_code):
+    """Return the configuration that transformers reads at `path`."""
+    from transformers import AutoConfig
+
+    where, gguf = locate(path)
+    if gguf:
+        return copy.deepcopy(_gguf_config(path, Path(where, gguf).stat().st_mtime_ns))
+    with readable(path, "configuration"), quiet():
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
 
 
 @functools.lru_cache(maxsize=1)
@@ -153,9 +212,14 @@ def gguf_reader(path):
 
 @functools.lru_cache(maxsize=2)
 def _parsed(path, modified):
+    import numpy as np
     from gguf.gguf_reader import GGUFReader
 
-    return GGUFReader(path)
+    reader = GGUFReader(path)
+    name = reader.fields.get("general.name")
+    if name and name.contents() == "mistral":  # transformers would take it for the architecture, which no file has
+        name.parts[name.data[0]] = np.frombuffer(b"Mistral", "uint8")
+    return reader
 
 
 @contextlib.contextmanager

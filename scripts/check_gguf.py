@@ -1,7 +1,8 @@
 """Compare llama.cpp on a .gguf file with transformers on the model it was pruned from: log-probabilities of real text.
 
-The blocks that the file's pruning_info names are masked in transformers. llama.cpp gets the text token by
-token, through its KV cache, behind a prompt of half of it. Needs `pip install xllamacpp`.
+The blocks that the file's pruning_info names are masked in transformers; a file without it is the dense model.
+llama.cpp gets the text token by token, through its KV cache, behind a prompt of half of it. Needs `pip install
+xllamacpp`.
 
     python -m scripts.check_gguf pruned/model.gguf --model-path models/SmolLM2-135M --text wikitext2.txt
 """
@@ -12,7 +13,7 @@ from scripts import flags
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__.split("\n\n")[0])
-    parser.add_argument("file", help=".gguf file written by scripts.export")
+    parser.add_argument("file", help=".gguf file of scripts.export, or of the dense model")
     add_reference_flags(parser)
     return parser, parser.parse_args(argv)
 
@@ -33,7 +34,7 @@ def main(argv=None):
     from lib.files import to_json
 
     with parser.user_errors():
-        removed = read_info(args.file)["removed"]
+        removed = (read_info(args.file) or {"removed": []})["removed"]
         ids, logits = masked_logits(args.model_path, removed, args.text, args.tokens + 1)
         wanted = logits[:-1].log_softmax(-1)
         with llamacpp.Server(args.file, 2 * len(ids), exact=True) as server:

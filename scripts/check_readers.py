@@ -42,7 +42,8 @@ def main(argv=None):
         folders = {}
         for name in args.families or TOYS:
             source = Path(temporary) / name / "source"
-            toy(name, **other_rotation(toy(name).config)).save_pretrained(source)
+            model = toy(name, **other_rotation(toy(name).config))
+            model.bfloat16().float().save_pretrained(source)  # values as checkpoints have them
             for format, blocks in removed.items():
                 folder = str(source.with_name(format))
                 try:

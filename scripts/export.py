@@ -71,9 +71,11 @@ def main(argv=None):
     print(f"format        {result['format']}")
     if "stored_parameters" in result:
         print(
-            f"stored        {result['stored_parameters']:,} parameters: a head of its own, wider MLPs, and "
-            "zeros where runtimes expect weights"
+            f"stored        {result['stored_parameters']:,} parameters: wider MLPs, and zeros where runtimes expect "
+            "weights"
         )
+    if most := result.get("most_tokens"):
+        print(f"note          for at most {most:,} tokens, the model's sliding window, which its runtimes have not")
     if result["format"] == "zeroed":
         print("note          the removed blocks are zero, not gone: this checkpoint is as large and slow as its base")
     print(f"export        {args.output_dir}, {result['bytes'] / 2**20:,.1f} MiB")

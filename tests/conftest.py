@@ -145,6 +145,13 @@ def searched(toy_folder, text, tmp_path_factory):
 
 
 @pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """Keep remote code that this process loads out of the user's cache."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+@pytest.fixture
 def damaged(toy_folder, tmp_path):
     """Return a function that copies the toy and edits one of its files: (name, edit bytes) -> folder."""
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -104,13 +105,6 @@ def saved(tmp_path):
         return tmp_path / name, model
 
     return save
-
-
-@pytest.fixture
-def modules_cache(tmp_path, monkeypatch):
-    """Keep remote code that this process loads out of the user's cache."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
 
 
 # ---- parity --------------------------------------------------------------------------------------
@@ -320,11 +314,66 @@ def test_outputs_are_counted_by_layers(hf):
 
 
 def test_gradients_flow_with_checkpointing(hf):
+    """Each block of a chain runs twice, forwards and again for its gradient, not a third time within its chain."""
     pruned, reference = hf()
     pruned.train().gradient_checkpointing_enable()
+    runs = []
+    for module in pruned.modules():
+        if isinstance(module, transformers.models.llama.modeling_llama.LlamaMLP):
+            module.gate_proj.register_forward_hook(lambda m, *_: runs.append(m))
     for model in (pruned, reference):
         model(IDS, labels=IDS).loss.backward()
     torch.testing.assert_close(pruned.model.embed_tokens.weight.grad, reference.model.embed_tokens.weight.grad)
+    assert len(set(runs)) == 3 and {runs.count(m) for m in runs} == {2}
+
+
+CLASSIFIERS = [
+    *product(("llama", "gpt2", "mixtral"), ("Sequence", "Token")),
+    ("gemma3", "Sequence"),
+    ("opt", "Sequence"),
+]
+
+
+@pytest.mark.parametrize("name, task", CLASSIFIERS)
+def test_classifiers_stand_on_an_export(name, task, hf, tmp_path, modules_cache):
+    """A class of the family's own, its head the same here and on the model whose removed blocks are zero."""
+    auto = getattr(transformers, f"AutoModelFor{task}Classification")
+    hf(name)
+    pruned = auto.from_pretrained(tmp_path / "hf", trust_remote_code=True, num_labels=3, pad_token_id=0).eval()
+    reference = auto.from_pretrained(tmp_path / "zeroed", num_labels=3, pad_token_id=0).eval()
+    head = next(n for n, m in reference.named_children() if n != reference.base_model_prefix and list(m.parameters()))
+    getattr(pruned, head).load_state_dict(getattr(reference, head).state_dict())
+    torch.testing.assert_close(logits(pruned), logits(reference), rtol=0, atol=1e-4)
+    pruned.save_pretrained(tmp_path / "tuned")
+    again = auto.from_pretrained(tmp_path / "tuned", trust_remote_code=True).eval()
+    assert torch.equal(logits(again), logits(pruned))
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma3"))
+def test_assisted_generation_is_greedy_generation(name, hf):
+    """The export as the model, and as the assistant."""
+    pruned, reference = hf(name)
+    same = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for model, assistant in ((pruned, reference), (reference, pruned)):
+        plain = model.generate(IDS[:1, :5], **same)
+        assert torch.equal(model.generate(IDS[:1, :5], assistant_model=assistant, **same), plain)
+
+
+def test_an_adapter_trains_on_an_export_and_comes_back(hf, tmp_path, modules_cache):
+    peft = pytest.importorskip("peft")
+    pruned, reference = hf()
+    adapted = peft.get_peft_model(
+        pruned, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    adapted.train().gradient_checkpointing_enable()
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    trained = [p.grad for _, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trained) == 4 and all(grad.abs().sum() > 0 for grad in trained), "A and B of q_proj and v_proj"
+    adapted.eval().save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(adapted)) and not torch.equal(logits(again), logits(reference))
+    torch.testing.assert_close(logits(again.merge_and_unload()), logits(adapted), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ("llama-bias", "mixtral", "gpt-neox"))

@@ -104,7 +104,8 @@ def reference(folder):
             x = x + attention(norm(x, f"{at}.input_layernorm.weight"), f"{at}.self_attn", block["attention"])
         if not block["ffn"]["no_op"]:
             x = x + mlp(norm(x, f"{at}.post_attention_layernorm.weight"), f"{at}.mlp", block["ffn"])
-    logits = linear(norm(x, "model.norm.weight"), "lm_head", False)
+    head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+    logits = linear(norm(x, "model.norm.weight"), head, False)
     assert used | {"model.embed_tokens.weight"} == set(w)  # nothing lacks and nothing is left over
     return logits
 
@@ -167,8 +168,15 @@ def test_the_configuration_is_what_vllm_sglang_and_mlx_lm_read(toy_folder, tmp_p
     assert config["pruning_info"]["removed"] == ["mha0", "mha1", "mlp2"]
     weights = load_file(folder / "model.safetensors")
     assert not any(weights[n].any() for n in weights if n.startswith("model.layers.0.self_attn"))
-    assert "lm_head.weight" in weights  # tied or not: not every loader looks
+    assert ("lm_head.weight" in weights) == ("tie_word_embeddings" not in overrides)
     assert "layer 0" in (folder / "README.md").read_text().lower()
+
+
+def test_a_window_that_slides_bounds_the_positions(toy_folder, tmp_path):
+    for removed, most in (("mlp1", 8), ("mha1 mha2", 128)):
+        folder = written(toy_folder("qwen2-sliding"), tmp_path / removed[:4], removed)
+        assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == most
+        assert ("at most 8 tokens" in (folder / "README.md").read_text()) == (most == 8)
 
 
 def test_scaled_rotations_are_written_in_both_spellings(toy_folder, tmp_path):
@@ -228,10 +236,9 @@ def test_transformers_itself_refuses_the_checkpoint(toy_folder, tmp_path):
     (
         ("gemma2", {}, "mlp1", ("gemma2", "llama, mistral, qwen2", "format hf")),
         ("qwen3", {}, "mlp1", ("qwen3", "llama, mistral, qwen2", "format hf")),
-        ("mistral", {}, "mlp1", ("sliding window of 8", "format hf")),
         ("llama", {"head_dim": 16}, "mlp1", ("4 heads of 16", "hidden size 32", "format gguf or hf")),
         ("llama-bias", {}, "mlp1", ("MLPs have biases", "format gguf or hf")),
-        ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "format hf")),
+        ("llama", {"hidden_act": "gelu"}, "mlp1", ("activation is gelu", "silu for llama", "format hf")),
         ("llama", {}, "mha0 mha1 mha2", ("no attention is left", "format zeroed")),
     ),
 )

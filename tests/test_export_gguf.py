@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
         key = json.dumps([name, overrides])
         if key not in saved:
             saved[key] = tmp_path_factory.mktemp("models") / f"{name}-{len(saved)}"
-            toy(name, **SHAPE, **overrides).save_pretrained(saved[key])
+            toy(name, **{**SHAPE, **overrides}).save_pretrained(saved[key])
             byte_level().save_pretrained(saved[key])
         return saved[key]
 
@@ -99,8 +99,19 @@ def expected(folder, removed):
     from lib.model import load_model
 
     decoder = Decoder(load_model(folder, "fp32"))
+    for module in decoder.model.modules():
+        if "gelu" in type(getattr(module, "act_fn", None)).__name__.lower():
+            module.act_fn = Tabulated()
     with decoder.masked(blocks(removed)), torch.inference_mode():
         return decoder.model(torch.tensor([IDS])).logits[0].log_softmax(-1)
+
+
+class Tabulated(torch.nn.Module):
+    """GELU as llama.cpp's CPU has it: looked up, to the precision of fp16."""
+
+    def forward(self, x):
+        table = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x >= 10, x, torch.where(x <= -10, 0, table))
 
 
 def by_llama_cpp(path):
@@ -112,8 +123,8 @@ def by_llama_cpp(path):
         return torch.stack([server.logprobs(IDS[: n + 1], SHAPE["vocab_size"]) for n in (7, 8, 9, 10, 11)])
 
 
-def assert_same(path, folder, removed):
-    assert (by_llama_cpp(path) - expected(folder, removed)[7:12]).abs().max() < 1e-4
+def assert_same(path, folder, removed, within=1e-4):
+    assert (by_llama_cpp(path) - expected(folder, removed)[7:12]).abs().max() < within
 
 
 # ---- llama.cpp gives the same probabilities -------------------------------------------------------
@@ -141,6 +152,37 @@ def test_llama_cpp_agrees_with_transformers(folder, tmp_path, removed, architect
 )
 def test_llama_cpp_agrees_on_every_family_offered(folder, tmp_path, name, overrides, removed):
     assert_same(written(folder(name, **overrides), tmp_path / "out", removed), folder(name, **overrides), removed)
+
+
+S, F = "sliding_attention", "full_attention"
+SCALED = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+}
+WHOLE = {  # families with an architecture of their own, whose layers llama.cpp has only whole; the windows are felt
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3, large heads, tied": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "gemma2": ("gemma2", {"layer_types": [S, F, S, F]}),
+    "gemma2, all full": ("gemma2", {"layer_types": [F] * 4}),
+    "gemma3": ("gemma3", {"layer_types": [S, S, F, S], "rope_parameters": SCALED}),
+    "gemma3, an own head": ("gemma3", {"layer_types": [S, F, F, S], "tie_word_embeddings": False}),
+    "gemma3, all sliding": ("gemma3", {"layer_types": [S] * 4, "sliding_window": 5}),
+    "gemma3, all full": ("gemma3", {"layer_types": [F] * 4}),
+}
+
+
+@pytest.mark.parametrize("removed", ("", "mha0 mlp0", "mlp1 mha2", "mha2 mlp2 mha3 mlp3"))
+@pytest.mark.parametrize("name", WHOLE)
+def test_llama_cpp_agrees_where_a_family_has_an_architecture_of_its_own(folder, tmp_path, name, removed):
+    source = folder(WHOLE[name][0], **WHOLE[name][1])
+    within = 1e-3 if "gemma" in name else 1e-4  # a last digit may decide what is looked up
+    path = written(source, tmp_path / "out", removed)
+    assert read_gguf_arch(path) == WHOLE[name][0]
+    assert_same(path, source, removed, within)
+    dense = written(source, tmp_path / "dense", "")
+    save_gguf(tmp_path / "pruned.gguf", prune(read_gguf(dense), blocks(removed)))
+    assert_same(tmp_path / "pruned.gguf", source, removed, within)
 
 
 @pytest.mark.parametrize("removed", ("mha0 mlp1 mlp3", "mha1 mha2 mlp2 mlp3"))
@@ -210,8 +252,8 @@ def test_one_command_makes_a_file_that_llama_cpp_loads(call, folder, tmp_path):
     run = call(script.main, *flags(model_path=folder(), del_block_num=2, **given))
     assert run.code == 0 and run.result["format"] == "gguf" and run.result["removed"] == ["mha1", "mlp2"]
     assert_same(tmp_path / "out" / "model.gguf", folder(), "mha1 mlp2")
-    run = call(script.main, *flags(model_path=folder("gemma"), del_block_num=2, overwrite=True, **given))
-    assert_refused(run, "gemma", "llama, mistral, qwen2", "format hf")
+    run = call(script.main, *flags(model_path=folder("cohere"), del_block_num=2, overwrite=True, **given))
+    assert_refused(run, "cohere", "llama, mistral, qwen2", "format hf")
     assert read_info(tmp_path / "out" / "model.gguf")["removed"] == ["mha1", "mlp2"]
 
 
@@ -228,9 +270,13 @@ def test_the_check_compares_with_the_blocks_that_the_file_names(call, folder, te
     save_gguf(tmp_path / "other.gguf", model, info)
     run = call(check_gguf.main, str(tmp_path / "other.gguf"), *flags(**given))
     assert run.code == 1 and run.result["logprob"] > 0.01 and "more than 0.01" in run.err
-    del model.fields["pruning_info"]
-    save_gguf(tmp_path / "bare.gguf", model)
-    assert_refused(call(check_gguf.main, str(tmp_path / "bare.gguf"), *flags(**given)), "no pruning_info")
+    dense = read_gguf(written(folder(), tmp_path / "dense", ""))
+    for name, bare in (("dense", dense), ("pruned", model)):  # without pruning_info it is the dense model, or fails
+        del bare.fields["pruning_info"]
+        save_gguf(tmp_path / f"{name}.gguf", bare)
+    run = call(check_gguf.main, str(tmp_path / "dense.gguf"), *flags(**given))
+    assert run.code == 0 and run.result["logprob"] < 1e-4 and "0 blocks removed" in run.out
+    assert call(check_gguf.main, str(tmp_path / "pruned.gguf"), *flags(**given)).code == 1
 
 
 def test_the_check_passes_neither_nan_nor_a_short_text(call, folder, text, tmp_path, monkeypatch):
@@ -405,14 +451,19 @@ def refused(folder, tmp_path, *says, removed="mlp1", **options):
     assert not (tmp_path / "out").exists()
 
 
+GEMMA = {"layer_types": ["sliding_attention"] * 4}
+
+
 @pytest.mark.parametrize(
     "name, overrides, says",
     (
-        ("gemma", {}, ("gemma", "llama, mistral, qwen2", "format hf")),
-        ("qwen3", {}, ("qwen3", "llama, mistral, qwen2", "format hf")),
-        ("mistral", {}, ("sliding window of 8", "format hf")),
-        ("qwen2-sliding", {}, ("attention 1 has a sliding window of 8", "format hf")),
-        ("llama", {"hidden_act": "gelu"}, ("activation is gelu", "format hf")),
+        ("cohere", {}, ("cohere", "llama, mistral, qwen2", "format hf")),
+        ("qwen3", {"attention_bias": True}, ("_proj.bias", "qwen3 has no such tensor", "format hf")),
+        ("qwen3", {}, ("mha1 is left without its other half", "qwen3 has whole layers only", "hf")),
+        ("gemma2", GEMMA | {"query_pre_attn_scalar": 16}, ("query_pre_attn_scalar is 16", "8", "format hf")),
+        ("gemma2", GEMMA | {"attn_logit_softcapping": None}, ("attn_logit_softcapping is None", "format hf")),
+        ("gemma3", GEMMA | {"final_logit_softcapping": 30.0}, ("final_logit_softcapping is 30.0", "format hf")),
+        ("llama", {"hidden_act": "gelu"}, ("activation is gelu", "silu for llama", "format hf")),
         ("llama", {"rope_parameters": YARN}, ("yarn", "default, linear, llama3", "format hf")),
     ),
 )
@@ -420,10 +471,38 @@ def test_a_family_that_llama_cpp_would_run_differently_is_refused(folder, tmp_pa
     refused(folder(name, **overrides), tmp_path, *says)
 
 
+@pytest.mark.parametrize("name", ("mistral", "qwen2-sliding"))
+def test_a_window_that_llama_cpp_has_not_bounds_the_files_context(folder, tmp_path, name):
+    """Within the window both give the same, and llama.cpp takes no more than the context."""
+    pytest.importorskip("xllamacpp")
+    from lib.export.runtimes import Server
+
+    source = folder(name, sliding_window=10)
+    path = written(source, tmp_path / "out", "mlp1")
+    assert gguf.GGUFReader(path).fields["deci.context_length"].contents() == 10
+    assert "at most 10 tokens" in (path.parent / "README.md").read_text()
+    with Server(path, 256, exact=True) as server:
+        got = torch.stack([server.logprobs(IDS[:n], SHAPE["vocab_size"]) for n in (8, 9)])
+        with pytest.raises(ValueError, match="context size"):
+            server.logprobs(IDS, SHAPE["vocab_size"])
+    assert (got - expected(source, "mlp1")[7:9]).abs().max() < 1e-4
+
+
 def test_a_sliding_window_that_is_removed_or_never_reached_is_none(folder, tmp_path):
     path = written(folder("qwen2-sliding"), tmp_path / "out", "mha1 mha2 mha3")
     assert_same(path, folder("qwen2-sliding"), "mha1 mha2 mha3")
-    written(folder("mistral", sliding_window=128), tmp_path / "wide", "mlp1")
+    wide = written(folder("mistral", sliding_window=128), tmp_path / "wide", "mlp1")
+    for file in (path, wide):
+        assert gguf.GGUFReader(file).fields["deci.context_length"].contents() == 128
+        assert "at most" not in (file.parent / "README.md").read_text()
+
+
+def test_a_gemma_whose_size_llama_cpp_guesses_by_its_layers_is_refused(folder, tmp_path):
+    layers = {"num_hidden_layers": 47, "layer_types": ["sliding_attention", "full_attention"] * 23 + ["full_attention"]}
+    model = read_gguf(written(folder("gemma2", **layers), tmp_path / "dense", ""))
+    with pytest.raises(ValueError, match="gemma2 of 46 layers for the largest"):
+        prune(model, blocks("mha9 mlp9"))
+    prune(model, blocks("mha9 mlp9 mha8 mlp8"))
 
 
 def test_a_model_without_attention_is_refused(folder, tmp_path):

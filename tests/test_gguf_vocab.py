@@ -32,6 +32,13 @@ def sentencepiece_like(prefix=True):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def gemma_like():
+    """Return one as Gemma's is: it splits at spaces, of which its normalizer leaves none."""
+    tokenizer = sentencepiece_like(prefix=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    return tokenizer
+
+
 def split(pattern):
     from tokenizers import Regex
 
@@ -45,6 +52,7 @@ TOKENIZERS = {
     "qwen2": lambda: byte_level(split(gguf_vocab.WORDS % r"\p{N}")),
     "byte fallback": sentencepiece_like,
     "byte fallback, no space before": lambda: sentencepiece_like(prefix=False),
+    "byte fallback, Gemma's": gemma_like,
 }
 TEXTS = (
     "The quick brown fox's 1234567 jumps, they've said; 99 99 the end.\n\n  end",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.blocks import Block
+from lib.blocks import Block, parse_blocks
 from lib.files import to_json, write_json
 from lib.orders import check_order, order_path, read_order, save_order
 
@@ -204,3 +204,40 @@ def test_damaged_files_are_read_whole_or_refused_in_one_line(tmp_path, seed):
         save_order(path, order, meta)
         assert read_order(path)[0] == order
     assert 40 < accepted < 360, "the damage should be neither harmless nor always fatal"
+
+
+# ---- a list instead of an order ------------------------------------------------------------------
+
+
+def test_a_list_of_blocks_is_read_in_its_order():
+    assert parse_blocks("mha5, mlp7,layer2-3,mlp0-1", 8) == [
+        Block("mha", 5),
+        Block("mlp", 7),
+        Block("mha", 2),
+        Block("mlp", 2),
+        Block("mha", 3),
+        Block("mlp", 3),
+        Block("mlp", 0),
+        Block("mlp", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "'' names no blocks"),
+        ("mha1,", "'' names no blocks"),
+        ("attn5", "'attn5' names no blocks; allowed are mha5"),
+        ("mha-5", "'mha-5' names no blocks"),
+        ("mha１", "names no blocks"),
+        ("mlp3-1", "'mlp3-1': the model has layers 0 to 7, and ranges run upwards"),
+        ("layer8", "'layer8': the model has layers 0 to 7"),
+        ("layer0-99999999999999999999", "the model has layers 0 to 7"),
+        ("mha1,layer1", "'layer1': mha1 is named before"),
+        ("mlp1-3,mlp2", "'mlp2': mlp2 is named before"),
+    ],
+)
+def test_a_list_that_names_no_blocks_of_the_model_is_refused_by_its_part(text, says):
+    with pytest.raises(ValueError) as error:
+        parse_blocks(text, 8)
+    assert says in str(error.value) and "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.blocks import Block
 from lib.export.write import export
-from lib.model import llama3_factors, load_config, load_model
+from lib.model import llama3_factors, load_config, load_model, load_tokenizer
 
 IDS = torch.arange(60)[None]
 LAYER = [Block("mha", 1), Block("mlp", 1)]
@@ -157,6 +157,23 @@ def test_what_of_a_gguf_file_is_not_read_is_refused_by_name(with_more, more, say
     assert "\n" not in str(error.value)
 
 
+def test_a_gguf_file_is_of_its_architecture_whatever_it_is_called(with_more):
+    model = toy("llama", vocab_size=257, num_key_value_heads=4)
+    path = with_more(model, lambda writer: writer.add_name("mistral"))
+    assert torch.equal(logits(load_model(path, "fp32")), logits(model))
+    assert load_tokenizer(path)("a ~ b").input_ids
+
+
+def test_a_gguf_file_that_format_gguf_cannot_prune_goes_out_in_the_others(with_more, tmp_path):
+    """What the refusal says works: stock and hf of the same file."""
+    model = toy("llama", vocab_size=257, num_key_value_heads=4)
+    path = with_more(model, lambda writer: writer.add_tensor("blk.1.attn_rest.weight", torch.ones(4).numpy()))
+    with pytest.raises(ValueError, match="use format stock or hf, which read this file too"):
+        export(path, LAYER, tmp_path / "out", "gguf")
+    for format in ("stock", "hf"):
+        assert export(path, LAYER, tmp_path / format, format)["format"] == format
+
+
 # ---- files that hold another model ---------------------------------------------------------------
 
 
@@ -186,5 +203,40 @@ def test_tied_embeddings_over_two_matrices_are_refused_on_loading(toy_folder, da
 def test_a_name_in_an_hf_export_has_one_number(toy_folder, tmp_path):
     export(toy_folder(num_hidden_layers=4), [Block("mha", 1), Block("mha", 2), Block("mlp", 3)], tmp_path / "out", "hf")
     names = load_file(tmp_path / "out" / "model.safetensors")
-    assert any(".steps." in name for name in names)
+    assert any(".steps.step0." in name for name in names)
     assert all(sum(part.isdigit() for part in name.split(".")) <= 1 for name in names)
+
+
+def test_folders_of_before_that_rule_load_beside_new_ones(toy_folder, tmp_path, modules_cache):
+    """Each folder runs the code that lies in it; the steps of a layer were a plain list."""
+    removed = [Block("mha", 1), Block("mha", 2), Block("mlp", 3)]
+    for name in ("new", "old"):
+        export(toy_folder(num_hidden_layers=4), removed, tmp_path / name, "hf")
+    code = tmp_path / "old" / "modeling_blockpruned.py"
+    text = code.read_text()
+    for new, old in (
+        ('nn.ModuleDict({f"step{i}": step for i, step in enumerate(steps)})', "nn.ModuleList(steps)"),
+        ("self.steps.values()", "self.steps"),
+    ):
+        assert text.count(new) == 1
+        text = text.replace(new, old)
+    code.write_text(text)
+    weights = load_file(tmp_path / "old" / "model.safetensors")
+    weights = {name.replace(".steps.step", ".steps."): tensor for name, tensor in weights.items()}
+    save_file(weights, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    found = []
+    for name in ("new", "old", "new"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, trust_remote_code=True, output_loading_info=True
+        )
+        assert not any(info.values()) and any(".steps.step0." in n for n in model.state_dict()) == (name == "new")
+        found.append(logits(model))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_the_tokenizer_of_an_hf_export_needs_no_code(toy_folder, tmp_path, monkeypatch):
+    """Told not to run any, transformers does not ask, and finds the tokenizer."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asks whether code may run"))
+    export(toy_folder(), [Block("mha", 1)], tmp_path / "out", "hf")
+    there = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    assert there("a ~ b") == AutoTokenizer.from_pretrained(toy_folder())("a ~ b")

@@ -26,7 +26,7 @@ from lib.edits import Edit, check_shape, name_in
 from lib.export.config import config_json
 from lib.families import FAMILIES
 from lib.hub import locate
-from lib.model import DTYPES, check_whole, load_config, load_model, quiet, readable, skeleton
+from lib.model import DTYPES, check_whole, inside_another, load_config, load_model, quiet, readable, skeleton, text_name
 
 SHARD_BYTES = 5 * 10**9
 CODES = {  # the names of safetensors
@@ -73,6 +73,8 @@ class Place(NamedTuple):
 class Source:
     """The checkpoint at a folder, hub id or .gguf file, its weights still in their files (a .gguf: in memory).
 
+    Of a multimodal model it is the text decoder, its tensors named as where that stands alone.
+
     compute_dtype: a key of lib.model.DTYPES, or None for the dtype each tensor is stored in (.gguf: bf16).
     config: transformers' configuration. bare: the model without weights. layers, n_layers, family: its
     decoder layers, their number, and their row of FAMILIES. parallel: whether attention and MLP of a
@@ -93,6 +95,7 @@ class Source:
                 "checkpoint and quantise the export"
             )
         check_whole(self.config, path)
+        self._inside = inside_another(path, trust_remote_code)
         self.bare = skeleton(path, trust_remote_code)
         if edit.config:
             for field, value in edit.config.items():
@@ -120,12 +123,15 @@ class Source:
     @property
     def own_config(self):
         """What the source's config.json says, as a dict; None of a .gguf file."""
-        return None if self.gguf else json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        own = None if self.gguf else json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return own["text_config"] if self._inside else own
 
     @functools.cached_property
     def _stored(self):
         with readable(self.path, "weights"):
             stored = self._read_gguf() if self.gguf else _read_files(_weight_files(self.folder))
+        if self._inside:
+            stored = {new: entry for name, entry in stored.items() if (new := text_name(name))}
         # old checkpoints hold the frequencies of rotations too, which loaders compute; llama.cpp refuses such a file
         stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
         for name in self._unread(stored):

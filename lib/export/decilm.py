@@ -16,7 +16,7 @@ import torch
 from lib.export.checkpoint import verify, write_shards, zeros
 from lib.export.layers import places, repack
 
-FAMILIES = ("llama", "mistral", "qwen2")  # model types: SiLU, no norms of queries and keys, none behind a block
+FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2"), "silu")  # no norms of queries and keys, none behind a block
 ROPE_TYPES = ("default", "linear", "llama3")  # the same in all these runtimes
 WIDTH = 256  # MLP widths are multiples of it
 
@@ -48,7 +48,7 @@ class DeciLMConfig(LlamaConfig):
 
 def as_decilm(source, removed, info):
     """Weights, config.json and configuration_decilm.py; a format of lib.export.FORMATS."""
-    check_family(source, removed, "decilm")
+    check_family(source, "decilm", FAMILIES)
     layers, config = repack(source.n_layers, removed), source.config
     check_attention(layers, "decilm")
     if getattr(config, "mlp_bias", False):
@@ -61,8 +61,10 @@ def as_decilm(source, removed, info):
         )
     verify(type(source.bare), config, [source.entry(name) for name in source.names()])
     entries = _entries(source, layers)
-    info["stored_parameters"] = sum(math.prod(entry.shape) for entry in entries)  # a head, zeros, wider MLPs
-    settings = json.dumps(_config(source, layers, info), indent=2) + "\n"
+    info["stored_parameters"] = sum(math.prod(entry.shape) for entry in entries)  # zeros, wider MLPs
+    most = most_tokens(source, removed)
+    window = window_note(source, most, info)
+    settings = json.dumps(_config(source, layers, info) | {"max_position_embeddings": most}, indent=2) + "\n"
 
     def write(folder):
         write_shards(folder, entries)
@@ -73,33 +75,60 @@ def as_decilm(source, removed, info):
     note = "Layer 0 has an attention of zeros, because runtimes expect one there.\n\n" if zeroed else ""
     return write, (
         "A Nemotron-NAS checkpoint (`DeciLMForCausalLM`), for runtimes that have this model built in; transformers "
-        f"has not.\n\n{note}```bash\nmlx_lm.generate --model FOLDER --trust-remote-code --prompt ...\n"
+        f"has not.\n\n{note}{window}```bash\nmlx_lm.generate --model FOLDER --trust-remote-code --prompt ...\n"
         "vllm serve FOLDER --trust-remote-code\n```"
     )
 
 
-def check_family(source, removed, format):
-    """Raise ValueError unless runtimes that know Llama with gaps run this model as transformers does."""
+def check_family(source, format, activations):
+    """Raise ValueError unless a runtime that knows these families runs this model as transformers does.
+
+    activations: {model type: the activation that the runtime has there}
+    """
     config = source.config
-    rest = f"format {format} is for {', '.join(FAMILIES)} with SiLU and without sliding windows; use format hf"
-
-    def refuse(what):
-        raise ValueError(f"{source.path}: {what}; {rest}")
-
-    if config.model_type not in FAMILIES or not source.native:
-        refuse(f"its model type is {config.model_type}")
-    if config.hidden_act not in ("silu", "swish"):
-        refuse(f"its activation is {config.hidden_act}")
-    if config.rope_parameters["rope_type"] not in ROPE_TYPES:
+    if config.model_type not in activations or not source.native:
         raise ValueError(
-            f"{source.path}: its rotary positions are {config.rope_parameters['rope_type']}; "
+            f"{source.path}: its model type is {config.model_type}; format {format} is for {', '.join(activations)}; "
+            "use format hf"
+        )
+    given, known = getattr(config, "hidden_activation", None) or config.hidden_act, activations[config.model_type]
+    if given.replace("swish", "silu") != known:
+        raise ValueError(
+            f"{source.path}: its activation is {given}; format {format} has {known} for {config.model_type}; use "
+            "format hf"
+        )
+    if rotation(config)["rope_type"] not in ROPE_TYPES:
+        raise ValueError(
+            f"{source.path}: its rotary positions are {rotation(config)['rope_type']}; "
             f"format {format} can hold {', '.join(ROPE_TYPES)}; use format hf"
         )
+
+
+def rotation(config):
+    """Return the rotary settings of a configuration, those of full attention where each kind has its own."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
+def most_tokens(source, removed):
+    """Return for how many tokens a runtime without sliding windows runs this model as transformers does.
+
+    All its positions, but no more than a window that slides: as long as nothing has slid out of it, it is none.
+    """
+    config, gone = source.config, set(removed)
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * source.n_layers
-    slides = [i for i in range(source.n_layers) if ("mha", i) not in set(removed) and types[i] == "sliding_attention"]
-    if window and window < config.max_position_embeddings and slides:
-        refuse(f"attention {slides[0]} has a sliding window of {window} tokens")
+    slides = any(("mha", i) not in gone and types[i] == "sliding_attention" for i in range(source.n_layers))
+    return min(config.max_position_embeddings, window) if window and slides else config.max_position_embeddings
+
+
+def window_note(source, most, info):
+    """Return a paragraph for the model card, and tell `info`, where the runtime takes fewer tokens than the model."""
+    if most == source.config.max_position_embeddings:
+        return ""
+    info["most_tokens"] = most
+    return (
+        f"For at most {most:,} tokens, the model's sliding window: this runtime has none, and would look further.\n\n"
+    )
 
 
 def check_attention(layers, format):
@@ -142,7 +171,6 @@ def _config(source, layers, info):
             "num_key_value_heads",
             "hidden_act",
             "rms_norm_eps",
-            "max_position_embeddings",
             "initializer_range",
             "bos_token_id",
             "eos_token_id",
@@ -179,10 +207,7 @@ def _entries(source, layers):
         if ".mlp." in entry.name:
             entry = _widened(entry, int("down_proj" in entry.name), padded(config.intermediate_size))
         entries.append(entry)
-    names, embedding = {entry.name for entry in entries}, source.entry(_embedding(source))
-    if "lm_head.weight" not in names:
-        entries.append(embedding._replace(name="lm_head.weight"))
-    H, dtype = config.hidden_size, embedding.dtype
+    H, dtype = config.hidden_size, source.entry(_embedding(source)).dtype  # a tied head is the embedding, here too
     if layers[0].mha is None:
         kv = head_size(config) * config.num_key_value_heads
         shapes = {"q_proj": (H, H), "k_proj": (kv, H), "v_proj": (kv, H), "o_proj": (H, H)}

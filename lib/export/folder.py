@@ -56,8 +56,7 @@ def check_target(folder, path, overwrite=False):
         raise ValueError(f"{folder}: holds the model itself; give another folder")
     try:
         if (folder / "model.gguf").is_file():
-            read_info(folder / "model.gguf")
-            ours = True
+            ours = read_info(folder / "model.gguf") is not None
         else:
             ours = "pruning_info" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -195,7 +194,7 @@ def card(source, info, how_to_load):
     less = f"(-{info['removed_percent']:.2f} %)"
     lines += [f"| parameters | {info['dense_parameters']:,} | {info['parameters']:,} {less} |"]
     if "stored_parameters" in info:
-        lines += [f"| parameters in the file | | {info['stored_parameters']:,} |"]  # padding, a head of its own
+        lines += [f"| parameters in the file | | {info['stored_parameters']:,} |"]  # padding
     measured = [(info, f"{search.get('dataset', 'calibration')}, the search's text")]
     if evaluated := info["evaluated"]:
         measured.append((evaluated, ", ".join(filter(None, (evaluated["dataset"], evaluated.get("limit"))))))

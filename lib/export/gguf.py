@@ -1,8 +1,8 @@
 """Write a pruned model as a GGUF file for llama.cpp, from a checkpoint or straight from a .gguf file.
 
-Where the kept blocks repack into whole layers the file has its ordinary architecture, llama or qwen2.
-Else it is "deci" (Nemotron-NAS), whose layers may lack attention or MLP. From a .gguf file the tensors
-are copied byte for byte, quantised ones too; nothing is dequantised.
+Where the kept blocks repack into whole layers the file has the family's own architecture (lib.export.gguf_archs).
+Else it is "deci" (Nemotron-NAS), whose layers may lack attention or MLP, and which runs the blocks of Llama and Qwen2.
+From a .gguf file the tensors are copied byte for byte, quantised ones too; nothing is dequantised.
 
     save_gguf("pruned.gguf", prune(read_gguf("model.Q4_K_M.gguf"), removed))
 
@@ -22,15 +22,13 @@ import torch
 
 from lib.edits import check_shape
 from lib.export.checkpoint import check_space, verify
-from lib.export.decilm import check_attention, check_family, head_size
+from lib.export.decilm import check_attention, check_family, head_size, most_tokens, rotation, window_note
+from lib.export.gguf_archs import ARCHS, BY_NAME, DECI, slides, window_fields
 from lib.export.gguf_vocab import vocabulary
 from lib.export.layers import places, repack
 from lib.model import gguf_reader, llama3_factors, load_tokenizer, readable
 
-ARCHS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # transformers' model_type -> llama.cpp's name
 IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
-ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
-MLP = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
 OUTER = ("token_embd", "output_norm")  # a head too, where it is not tied
 REQUIRED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
 BLOCK = re.compile(r"blk\.(\d+)\.((\w+)\.(?:weight|bias))")
@@ -66,33 +64,70 @@ def as_gguf(source, removed, info):
     """One file, model.gguf; a format of lib.export.FORMATS."""
     model = replaced(read_gguf(source.path), source.edit) if source.gguf else from_checkpoint(source, removed)
     pruned = prune(model, removed)
+    note = "" if source.gguf else window_note(source, model.get("context_length"), info)
 
     def write(folder):
         save_gguf(folder / "model.gguf", pruned, info)
 
-    return write, f"A GGUF file of llama.cpp's architecture `{pruned.arch}`:\n\n```bash\nllama-cli -m model.gguf\n```"
+    return (
+        write,
+        f"A GGUF file of llama.cpp's architecture `{pruned.arch}`.\n\n{note}```bash\nllama-cli -m model.gguf\n```",
+    )
 
 
 def prune(model, removed):
     """Return the Model without the blocks `removed`; deci where some layer lacks its attention or MLP.
 
-    Raises ValueError where no attention would be left, or a deci file cannot hold the model.
+    Raises ValueError where no attention would be left, or neither deci nor the family's own can hold the model.
     """
-    layers = repack(model.get("block_count"), removed)
+    arch, n = BY_NAME[model.arch], model.get("block_count")
+    layers = repack(n, removed)
     check_attention(layers, "gguf")
+    short = [layer for layer in layers if None in layer]
+    if short and model.arch not in DECI:
+        raise ValueError(
+            f"format gguf: {short[0]} is left without its other half, and llama.cpp's {model.arch} has whole layers "
+            "only; the nearest format is hf"
+        )
+    if arch.large and arch.large in (n, len(layers)):
+        raise ValueError(
+            f"format gguf: llama.cpp takes a {model.arch} of {arch.large} layers for the largest, and scales its "
+            "attention in another way; use format stock or hf"
+        )
     where, tensors = places(layers), {}
     for name, tensor in model.tensors.items():
         if match := BLOCK.fullmatch(name):
             layer, rest, part = match.groups()
-            block = ("mha" if part in ATTENTION else "mlp", int(layer))
+            block = ("mha" if part in arch.mha else "mlp", int(layer))
             if block not in where:
                 continue
             name = f"blk.{where[block]}.{rest}"
         tensors[name] = tensor
-    if any(None in layer for layer in layers):
+    if short:
         return _deci(model._replace(tensors=tensors), layers)
     fields = model.fields | {f"{model.arch}.block_count": _number(len(layers))}
+    if arch.period:
+        key = f"{model.arch}.attention.sliding_window"
+        window = model.get(
+            "attention.sliding_window", 4096 if model.arch == "gemma2" else 0
+        )  # llama.cpp's own defaults
+        before = slides(arch, model.get("attention.sliding_window_pattern", arch.period), n)
+        kept = [before[layer.mha] and window > 0 for layer in layers]
+        fields = {name: value for name, value in fields.items() if not name.startswith(key)}
+        fields |= _window(arch, kept, window, model.get("context_length"))
     return model._replace(fields=fields, tensors=tensors)
+
+
+def _window(arch, sliding, window, context):
+    """Return the fields of window_fields, as GGUF has them."""
+    import gguf
+
+    values = window_fields(arch, sliding, window, context).items()
+    array, boolean = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.BOOL
+    return {
+        f"{arch.name}.{key}": gguf.GGUFValue(value, array, boolean) if isinstance(value, list) else _number(value)
+        for key, value in values
+    }
 
 
 def _deci(model, layers):
@@ -135,7 +170,7 @@ def _deci(model, layers):
 def read_gguf(path):
     """Return the Model of a .gguf file, its tensors still in the file.
 
-    Raises ValueError for other architectures than llama and qwen2, for experts, and for parts of a split file.
+    Raises ValueError for architectures without a row in gguf_archs, for experts, and for parts of a split file.
     """
     import gguf
 
@@ -164,8 +199,8 @@ def replaced(model, edit):
     import gguf
     import numpy as np
 
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, model.arch.upper()), model.get("block_count"))
-    tensors, heads = dict(model.tensors), model.get("attention.head_count")
+    names = _names(model.arch, model.get("block_count"))
+    tensors, heads, shift = dict(model.tensors), model.get("attention.head_count"), BY_NAME[model.arch].shift
     for name in edit.tensors:
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new not in tensors:
@@ -180,8 +215,12 @@ def replaced(model, edit):
                 f"format gguf: the edit replaces {name}, and nothing here encodes the file's {old.type.name}; "
                 "give a file of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, F16 or BF16, or use format stock or hf"
             ) from None
+        more = shift if new.endswith("norm.weight") else 0
         dense = Tensor(
-            (), "float32", gguf.GGMLQuantizationType.F32, lambda name=name: edit.load(name).float().cpu().numpy()
+            (),
+            "float32",
+            gguf.GGMLQuantizationType.F32,
+            lambda name=name, more=more: (edit.load(name).float().cpu() + more).numpy(),
         )
         if model.arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
             dense = interleaved(dense, heads if "attn_q" in new else model.get("attention.head_count_kv", heads))
@@ -196,23 +235,20 @@ def replaced(model, edit):
 
 
 def read_info(path):
-    """Return the pruning_info of an exported file; raise ValueError where it has none."""
+    """Return the pruning_info of an exported file, None of another; raise ValueError where it cannot be read."""
     with readable(path, "gguf"):
         field = gguf_reader(path).get_field("pruning_info")
-        info = json.loads(field.contents()) if field else None
-    if info is None:
-        raise ValueError(f"{path}: has no pruning_info; give a model.gguf of format gguf")
-    return info
+        return json.loads(field.contents()) if field else None
 
 
 def _check_file(path, model, reader):
     def refuse(what, instead):
         raise ValueError(f"{path}: {what}; {instead}")
 
-    if model.arch not in ARCHS.values():
+    if model.arch not in BY_NAME:
         refuse(
-            f"architecture {model.arch}; format gguf prunes {' and '.join(sorted(set(ARCHS.values())))}",
-            "give the model's folder and use format hf",
+            f"architecture {model.arch}; format gguf prunes {', '.join(BY_NAME)}",
+            "use format stock or hf, which read this file too",
         )
     missing = [key for key in REQUIRED if model.get(key) is None]
     if missing:
@@ -222,15 +258,17 @@ def _check_file(path, model, reader):
     if reader.byte_order != "I":
         refuse("of the other byte order", "convert it with gguf-convert-endian")
     for key, field in model.fields.items():
-        if key.startswith(f"{model.arch}.") and isinstance(field.value, list):
+        own = key.startswith(f"{model.arch}.") and not key.endswith("sliding_window_pattern")
+        if own and isinstance(field.value, list):
             refuse(f"{key} differs from layer to layer", "give the file of the model before it was changed")
     if model.get("rope.dimension_count", _head_size(model)) != _head_size(model):
-        refuse("it rotates a part of each head", "give the model's folder and use format hf")
+        refuse("it rotates a part of each head", "use format stock or hf, which read this file too")
+    parts = (*BY_NAME[model.arch].mha, *BY_NAME[model.arch].mlp)
     for name in model.tensors:  # experts, fused projections
         match = BLOCK.fullmatch(name)
-        if name.startswith("blk.") and (not match or match[3] not in ATTENTION + MLP):
-            refuse(f"{name} is of no known block", "give the model's folder and use format hf")
-    for part in (*(f"blk.{i}.{p}" for i in range(model.get("block_count")) for p in ATTENTION + MLP), *OUTER):
+        if name.startswith("blk.") and (not match or match[3] not in parts):
+            refuse(f"{name} is of no known block", "use format stock or hf, which read this file too")
+    for part in (*(f"blk.{i}.{p}" for i in range(model.get("block_count")) for p in parts), *OUTER):
         if f"{part}.weight" not in model.tensors:
             refuse(f"it lacks {part}.weight", "give a complete file")
 
@@ -245,27 +283,27 @@ def from_checkpoint(source, removed):
     """
     import gguf
 
-    check_family(source, removed, "gguf")
+    check_family(source, "gguf", {name: arch.activation for name, arch in ARCHS.items()})
     config = source.config
     verify(type(source.bare), config, [source.entry(name) for name in source.names()])
-    arch, heads, kv_heads = ARCHS[config.model_type], config.num_attention_heads, config.num_key_value_heads
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), source.n_layers)
-    tensors = {}
+    row, heads, kv_heads = ARCHS[config.model_type], config.num_attention_heads, config.num_key_value_heads
+    arch, names, tensors = row.name, _names(row.name, source.n_layers), {}
     for name in source.names():
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if new is None:
+        if new is None or new.endswith(".bias") and arch not in DECI:
             raise ValueError(f"{source.path}: {name}: llama.cpp's {arch} has no such tensor; use format hf")
-        tensors[new] = _tensor(source.entry(name))
+        tensors[new] = _tensor(source.entry(name), row.shift if new.endswith("norm.weight") else 0)
         if arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
             tensors[new] = interleaved(tensors[new], heads if "attn_q" in new else kv_heads)
     matrices = source.entry(next(n for n in source.names() if n.endswith("embed_tokens.weight")))
-    size, rope = head_size(config), config.rope_parameters
+    size, rope = head_size(config), rotation(config)
+    most = config.max_position_embeddings if row.period else most_tokens(source, removed)
     writer = gguf.GGUFWriter(None, arch)
     writer.add_type("model")
     writer.add_name(Path(source.path).resolve().name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[matrices.dtype]])
     writer.add_block_count(source.n_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(most)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
@@ -281,12 +319,52 @@ def from_checkpoint(source, removed):
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = _constant(llama3_factors(config).numpy())
+    _add_gemma(source, row, writer)
+    fields = writer.kv_data[0]
+    if row.period:
+        sliding = [kind == "sliding_attention" for kind in config.layer_types]
+        fields |= _window(row, sliding, config.sliding_window, most)
     tokenizer = load_tokenizer(source.path, source.trust_remote_code)
-    return Model(arch, writer.kv_data[0] | vocabulary(tokenizer, config.vocab_size), tensors)
+    return Model(arch, fields | vocabulary(tokenizer, config.vocab_size), tensors)
 
 
-def _tensor(entry):
-    """Return the Tensor of an Entry of lib.checkpoint."""
+def _add_gemma(source, row, writer):
+    """Add the fields that only Gemma's files have; raise ValueError where llama.cpp's code takes another value."""
+    config = source.config
+
+    def refuse(field, wanted):
+        raise ValueError(
+            f"{source.path}: its {field} is {getattr(config, field)}, and llama.cpp's {row.name} has {wanted}; use "
+            "format hf"
+        )
+
+    if getattr(config, "query_pre_attn_scalar", size := head_size(config)) != size:
+        refuse("query_pre_attn_scalar", f"the size of a head, {size}")
+    if row.name == "gemma2":
+        for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if not getattr(config, field):
+                refuse(field, "a number there")
+            getattr(writer, f"add_{field}")(getattr(config, field))
+    if row.name == "gemma3":
+        for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(config, field):
+                refuse(field, "none")
+        local = config.rope_parameters["sliding_attention"]
+        if local["rope_type"] != "default":
+            raise ValueError(f"{source.path}: its local rotations are {local['rope_type']}, not default; use format hf")
+        writer.add_rope_freq_base_swa(local["rope_theta"])
+
+
+def _names(arch, n_layers):
+    """Return the package gguf's map from a checkpoint's names of tensors to those of an architecture."""
+    import gguf
+
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    return gguf.get_tensor_name_map(key, n_layers)
+
+
+def _tensor(entry, shift=0):
+    """Return the Tensor of an Entry of lib.checkpoint, its values larger by `shift`."""
     import gguf
 
     dtype = torch.float32 if len(entry.shape) == 1 else entry.dtype
@@ -297,7 +375,7 @@ def _tensor(entry):
         )
 
     def load():
-        tensor = entry.load().to(dtype).contiguous()
+        tensor = (entry.load().to(dtype) + shift if shift else entry.load().to(dtype)).contiguous()
         return (tensor.view(torch.uint8) if dtype == torch.bfloat16 else tensor).numpy()
 
     if dtype == torch.bfloat16:  # numpy knows no such type

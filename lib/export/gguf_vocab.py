@@ -102,6 +102,8 @@ def _space_prefix(spec):
     normalizer, split = spec["normalizer"] or {}, spec["pre_tokenizer"]
     steps = [step for step in normalizer.get("normalizers", [normalizer]) if step]
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    if split and split["type"] == "Split" and split["pattern"] == {"String": " "} and replaces in steps:
+        split = None  # Gemma's, which finds no space
     if split is None and steps in ([{"type": "Prepend", "prepend": "▁"}, replaces], [replaces]):
         return len(steps) == 2
     if not steps and split and split["type"] == "Metaspace" and split["replacement"] == "▁" and not split["split"]:

@@ -21,7 +21,7 @@ def as_hf(source, removed, info):
     values = source.config.to_dict()
     fields = {field: values[field] for field in changed}
     row = {key: list(names) for key, names in source.family._asdict().items()}
-    auto = dict(zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), names, strict=True))
+    auto = dict(zip(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), names, strict=True)) | _heads(source.config)
     config = config_class.from_dict(
         values
         | changed
@@ -51,6 +51,15 @@ def as_hf(source, removed, info):
         f"\n\nThe code is `{Path(modeling.__file__).name}` beside the weights; it builds on the classes of "
         "transformers 5. A program that does not run it refuses the model type.\n"
     )
+
+
+def _heads(config):
+    """Return {name of an auto class: name of our class} for what else transformers puts on top of this family."""
+    import transformers
+
+    autos = [getattr(transformers, f"AutoModelFor{task}Classification") for task in ("Sequence", "Token")]
+    there = {auto.__name__: auto._model_mapping.get(type(config), None) for auto in autos}
+    return {auto: modeling.PREFIX + model.__name__ for auto, model in there.items() if model}
 
 
 def anchored(source, removed):

@@ -20,6 +20,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 PREFIX, MODEL_TYPE = "BlockPruned", "blockpruned_"
 BARE = ("linear_attn", "conv")  # in the place of an attention, and return no weights
@@ -34,8 +35,12 @@ def __getattr__(name):
         made = type(name, (base,), {"model_type": MODEL_TYPE + base.model_type})
         _convert_like(made.model_type, base.model_type)
     elif issubclass(base, PreTrainedModel):
-        made = type(name, (_Pruned, base), {"config_class": _class(PREFIX + base.config_class.__name__)})
+        config = _class(PREFIX + base.config_class.__name__)
+        made = type(name, (_Pruned, base), {"config_class": config})
         _convert_like(name, base.__name__)
+        inner = transformers.MODEL_MAPPING[base.config_class]
+        if inner is not base:  # classifiers build theirs through AutoModel, without leave to run code
+            transformers.AutoModel.register(config, _class(PREFIX + inner.__name__), exist_ok=True)
     else:
         raise AttributeError(f"transformers' {base.__name__} is neither a configuration nor a model")
     globals()[name] = made
@@ -58,6 +63,8 @@ class _Pruned:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if any(type(child).__name__.startswith(PREFIX) for child in self.children()):
+            return  # it has its layers already
         kind, source = config.block_modules["layer"], copy.deepcopy(self.config)
         for field, value in config.source_fields.items():
             setattr(source, field, value)
@@ -119,11 +126,15 @@ def _chain(family, steps, anchor):
     """Return one layer that runs several, to everyone else a layer of the family.
 
     The steps are no longer instances of the family's class, so that hidden states are recorded once a
-    layer, and that a chain stays on one device. anchor: the step that has the attention.
+    layer, and that a chain stays on one device; nor of a layer that recomputes itself, which the chain does
+    for all of them. anchor: the step that has the attention.
     """
+    members = {k: v for k, v in vars(family).items() if k not in ("__dict__", "__weakref__", "__init__")}
+    bases = tuple(nn.Module if base is GradientCheckpointingLayer else base for base in family.__bases__)
+    if bases != family.__bases__ and "__init_subclass__" in vars(GradientCheckpointingLayer):
+        members["forward"] = family.forward.__wrapped__  # without the recomputing, which is in __call__ until 5.19
     for step in steps:
-        members = {k: v for k, v in vars(family).items() if k not in ("__dict__", "__weakref__", "__init__")}
-        step.__class__ = type(f"{family.__name__}Step", family.__bases__, members)
+        step.__class__ = type(f"{family.__name__}Step", bases, members)
     chain = object.__new__(type(family.__name__, (family,), {"forward": _run_chain, "__init__": nn.Module.__init__}))
     nn.Module.__init__(chain)
     for key, value in vars(steps[anchor]).items():
