@@ -106,6 +106,7 @@ def main(argv=None):
 
 def open_search(args):
     """Return (Job, Decoder or None where the order is there already); raise ValueError for whatever cannot work."""
+    from lib.candidates import WrongAmount
     from lib.importance import METRICS
     from lib.job import Settings, Taken, check_decoder, open_job
 
@@ -136,6 +137,9 @@ def open_search(args):
     )
     try:
         job = open_job(settings, text, bare, args.ppl_search_path, args.overwrite)
+    except WrongAmount as error:
+        flag = "--del-block-num" if args.target_ratio is None else "--target-ratio"
+        raise ValueError(f"{flag} {error}") from None
     except Taken as error:
         raise ValueError(f"{error}; pass --overwrite to replace it, or give another --ppl-search-path") from None
     if job.finished and not args.dry_run:

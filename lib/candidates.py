@@ -17,6 +17,10 @@ from lib.blocks import KINDS, Block
 from lib.decoder import block_parameters
 
 
+class WrongAmount(ValueError):
+    """There is not so much to remove, or not in such pieces."""
+
+
 class Candidates(NamedTuple):
     """units: the blocks or whole layers that may go, in the paper's order; size: blocks in a unit, 2 in a layer.
 
@@ -38,7 +42,7 @@ def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last
 
     number: blocks to remove; ratio: instead, the share of `total` to reach with the fewest removals;
     first, last: layers at the two ends that stay whole; consecutive: remove one run of layers.
-    Raises ValueError, one line, where there are not so many.
+    Raises WrongAmount where there are not so many, ValueError for layers to protect that are not there.
     """
     L, size = len(layers), 2 if block_type == "layer" else 1
     n = L - first - last
@@ -50,34 +54,35 @@ def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last
     what = {"mix": f"{n} mha + {n} mlp", "layer": f"{n} layers"}.get(block_type, f"all {block_type}")
     what = f"{most} blocks ({what}{f', {L - n} of {L} layers protected' if n < L else ''})"
     if number > most:
-        raise ValueError(f"{number} blocks to remove: the model has {what}; use 0..{most}")
+        raise WrongAmount(f"{number} blocks to remove: the model has {what}; use 0..{most}")
     if number % size:
-        raise ValueError(f"{number} blocks to remove: whole layers go, which are two blocks each; use an even number")
+        raise WrongAmount(f"{number} blocks to remove: whole layers go, which are two blocks each; use an even number")
     if ratio is None:
         return _counted(layers, units, size, number, number // 2 if consecutive else None)
-    wanted = ratio * total
-    if block_parameters(layers, units) < wanted:
+    if block_parameters(layers, units) / total < ratio:
         reach = math.floor(1e4 * block_parameters(layers, units) / total) / 1e4
-        raise ValueError(f"a share of {ratio} to remove: {what} hold {reach} of the parameters; use at most that")
+        raise WrongAmount(f"{ratio} of the parameters to remove: {what} hold {reach}; use at most that")
     if consecutive:  # so many layers that every run of them is enough
         runs = (
             [[Block("layer", j) for j in range(i, i + k)] for i in starts(L, k, first, last)] for k in range(1, n + 1)
         )
         window = next(
-            k for k, choice in enumerate(runs, 1) if all(block_parameters(layers, run) >= wanted for run in choice)
+            k
+            for k, choice in enumerate(runs, 1)
+            if all(block_parameters(layers, run) / total >= ratio for run in choice)
         )
         return _counted(layers, units, size, 2 * window, window)
     smallest_first = list(accumulate(sorted(block_parameters(layers, [unit]) for unit in units)))
-    most = min(most, size * (1 + bisect_left(smallest_first, wanted)))
-    return Candidates(layers, units, size, most, None, lambda order: enough(layers, order, wanted, size))
+    most = min(most, size * (1 + bisect_left(smallest_first, ratio, key=lambda gone: gone / total)))
+    return Candidates(layers, units, size, most, None, lambda order: enough(layers, order, ratio, total, size))
 
 
-def enough(layers, order, wanted, size=1):
-    """Return the fewest removals of an order that take `wanted` parameters, None where all of them do not.
+def enough(layers, order, ratio, total, size=1):
+    """Return the fewest removals of an order that take a share of `total` parameters, None where all of them do not.
 
     layers: decoder layers with or without weights. size: blocks that go together, 2 where the order is of whole layers.
     """
-    k = bisect_left(range(len(order) + 1), wanted, key=lambda k: block_parameters(layers, order[:k]))
+    k = bisect_left(range(len(order) + 1), ratio, key=lambda k: block_parameters(layers, order[:k]) / total)
     k += -k % size
     return k if k <= len(order) else None
 

@@ -208,6 +208,7 @@ def first_of(args):
     """Return the flags of the first model without the most of its blocks, as other scripts name them."""
     return argparse.Namespace(
         model_path=args.models[0],
+        model_flag="MODEL",
         ppl_search_file=args.ppl_search_file,
         target_ratio=None,
         del_block_num=max(args.del_block_num),

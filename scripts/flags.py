@@ -206,12 +206,13 @@ def check_removals(args, order, meta, bare):
     layers = find_layers(bare)
     if not args.ppl_search_file:
         return []
-    check_whole(bare.config, args.model_path)
+    with naming(getattr(args, "model_flag", "--model-path")):
+        check_whole(bare.config, args.model_path)
     check_order(order, len(layers), args.ppl_search_file, meta)
     size, number = 2 if meta.get("block_type") == "layer" else 1, args.del_block_num or 0
     if args.target_ratio is not None:
         total = parameter_count(bare)
-        number = enough(layers, order, args.target_ratio * total, size)
+        number = enough(layers, order, args.target_ratio, total, size)
         if number is None:
             share = block_parameters(layers, order) / total
             raise ValueError(
@@ -264,7 +265,8 @@ def naming(flag):
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{flag} {error}") from error
+        how = " with --trust-remote-code" if str(error).endswith("then allow it") else ""
+        raise ValueError(f"{flag} {error}{how}") from error
 
 
 def open_bare(args, held_out=False):

@@ -184,7 +184,9 @@ def layers_to_remove(args, bare):
     highest = len(layers) if args.highest is None else args.highest
     remove = args.del_layer_num
     if args.target_ratio is not None:
-        remove = candidates(layers, parameter_count(bare), "layer", ratio=args.target_ratio, consecutive=True).window
+        with flags.naming("--target-ratio"):
+            total = parameter_count(bare)
+            remove = candidates(layers, total, "layer", ratio=args.target_ratio, consecutive=True).window
     merge = args.merge_layers or merge_sizes(remove)[0]
     if args.target_ratio is not None:
         remove += -remove % (merge - 1)

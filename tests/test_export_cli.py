@@ -128,7 +128,7 @@ def test_the_card_names_another_metric_than_the_papers_and_every_licence(toy_fol
     save_order(tmp_path / "runs.json", blocks, meta | how)
     shutil.copytree(toy_folder(), tmp_path / "base")
     (tmp_path / "base" / "README.md").write_text("---\nlicense:\n- apache-2.0\n- mit\nlanguage: en\n---\n# Base\n")
-    run = write(ppl_search_file=tmp_path / "runs.json", model_path=tmp_path / "base")
+    run = write(ppl_search_file=tmp_path / "runs.json", model_path=tmp_path / "base", del_block_num=2)
     assert run.result["search"] == {"dataset": "alpaca", **how}
     text = (tmp_path / "out" / "README.md").read_text()
     assert "chosen by angular, block type layer" in text and 'license: ["apache-2.0", "mit"]' in text

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room of lib/ once, lowest floor first. A room may import rooms of lower floors, and of its own floor as long as
 # no circle arises. "export/" and "report/" stand for all the rooms of these wings.
 FLOORS = {
-    "ground": "blocks files hub memory families losses orders",  # orders reads and writes JSON, for every floor
-    "model": "model decoder pieces records data",
+    "ground": "blocks files hub memory families losses records orders",  # orders reads and writes JSON, for every floor
+    "model": "model decoder repeated pieces data",
     "measuring": "evaluate trajectories engines similarity tasks measure",
     "deciding": "search refine importance candidates",
     "changing, and writing what was changed": "edits laco repair width recover_text recover export/",

@@ -423,7 +423,7 @@ def test_search_benchmark_claims_only_what_it_compared(call, toy_folder, text):
 
 
 def test_search_benchmark_runs_an_engine_once_and_ends_in_one_line(call, toy_folder, text, monkeypatch):
-    from lib import search
+    from lib import engines, search
 
     given = flags(
         model_path=toy_folder(),
@@ -436,15 +436,14 @@ def test_search_benchmark_runs_an_engine_once_and_ends_in_one_line(call, toy_fol
     run = call(bench_search.main, *given, "--engines", "cached", "cached")
     assert list(run.result["engines"]) == ["cached"] and run.result["engines"]["cached"]["steps_timed"] == 2
     for error, says in (
-        (search.NoFiniteCandidate({}), "try --compute-dtype fp32"),
+        (search.NoFiniteCandidate({}), "NaN or infinite"),
         (torch.OutOfMemoryError("CUDA"), "--cache-gb"),
     ):
 
         def failing(*args, error=error, **kwargs):
             raise error
-            yield
 
-        monkeypatch.setitem(search.ENGINES, "cached", failing)
+        monkeypatch.setitem(engines.ENGINES, "cached", failing)
         run = call(bench_search.main, *given, "--engines", "cached")
         assert run.code == 2 and says in run.err and run.err.count("\n") == 1, run
 
