@@ -138,7 +138,9 @@ def open_search(args):
     try:
         job = open_job(settings, text, bare, args.ppl_search_path, args.overwrite)
     except WrongAmount as error:
-        flag = "--del-block-num" if args.target_ratio is None else "--target-ratio"
+        flag = {"number": "--del-block-num", "ratio": "--target-ratio"}.get(
+            error.what, "--protect-first, --protect-last:"
+        )
         raise ValueError(f"{flag} {error}") from None
     except Taken as error:
         raise ValueError(f"{error}; pass --overwrite to replace it, or give another --ppl-search-path") from None
@@ -148,8 +150,8 @@ def open_search(args):
     try:
         check_decoder(job, decoder)
     except ValueError as error:
-        hint = "--offload" if decoder.offloaded else "--metric"
-        raise ValueError(f"{error} ({hint})") from None
+        offload = decoder.offloaded and job.searched
+        raise ValueError(f"--device {error}; pass --offload" if offload else f"--metric {error}") from None
     return job, decoder
 
 

@@ -18,7 +18,11 @@ from lib.decoder import block_parameters
 
 
 class WrongAmount(ValueError):
-    """There is not so much to remove, or not in such pieces."""
+    """There is not so much to remove, or not in such pieces. what: "number", "ratio" or "protected"."""
+
+    def __init__(self, what, message):
+        super().__init__(message)
+        self.what = what
 
 
 class Candidates(NamedTuple):
@@ -42,26 +46,30 @@ def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last
 
     number: blocks to remove; ratio: instead, the share of `total` to reach with the fewest removals;
     first, last: layers at the two ends that stay whole; consecutive: remove one run of layers.
-    Raises WrongAmount where there are not so many, ValueError for layers to protect that are not there.
+    Raises WrongAmount where there are not so many.
     """
     L, size = len(layers), 2 if block_type == "layer" else 1
     n = L - first - last
     if n < 0:
-        raise ValueError(f"{first} lowest and {last} topmost layers to protect: the model has {L}; protect 0..{L}")
+        raise WrongAmount(
+            "protected", f"{first} lowest and {last} topmost layers to protect: the model has {L}; protect 0..{L}"
+        )
     kinds = KINDS if block_type == "mix" else (block_type,)
     units = [Block(kind, i) for kind in kinds for i in range(first, L - last)]
     most = len(units) * size
     what = {"mix": f"{n} mha + {n} mlp", "layer": f"{n} layers"}.get(block_type, f"all {block_type}")
     what = f"{most} blocks ({what}{f', {L - n} of {L} layers protected' if n < L else ''})"
     if number > most:
-        raise WrongAmount(f"{number} blocks to remove: the model has {what}; use 0..{most}")
+        raise WrongAmount("number", f"{number} blocks to remove: the model has {what}; use 0..{most}")
     if number % size:
-        raise WrongAmount(f"{number} blocks to remove: whole layers go, which are two blocks each; use an even number")
+        raise WrongAmount(
+            "number", f"{number} blocks to remove: whole layers go, which are two blocks each; use an even number"
+        )
     if ratio is None:
         return _counted(layers, units, size, number, number // 2 if consecutive else None)
     if block_parameters(layers, units) / total < ratio:
         reach = math.floor(1e4 * block_parameters(layers, units) / total) / 1e4
-        raise WrongAmount(f"{ratio} of the parameters to remove: {what} hold {reach}; use at most that")
+        raise WrongAmount("ratio", f"{ratio} of the parameters to remove: {what} hold {reach}; use at most that")
     if consecutive:  # so many layers that every run of them is enough
         runs = (
             [[Block("layer", j) for j in range(i, i + k)] for i in starts(L, k, first, last)] for k in range(1, n + 1)

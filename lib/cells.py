@@ -147,7 +147,7 @@ def shared(bench):
     return {
         "model": model,
         **{key: getattr(s, key) for key in ("dtype", "device", "search", "batch_size")},
-        "calibration": bench.calibration.about,
+        "calibration": bench.calibration.about["text_sha256"],
     }
 
 

@@ -164,12 +164,11 @@ def open_bench(args):
     from lib.hub import fingerprint
     from lib.job import Settings
     from lib.model import parameter_count
-    from lib.records import short_name
 
     for name in args.eval_datasets:
         check_dataset(name, None, args.data_dir, held_out=True)
     flags.check_folder(args.output_dir, "--output-dir")
-    texts = [short_name(dataset) for dataset in dict.fromkeys(args.eval_datasets)]
+    texts = [text_name(dataset) for dataset in dict.fromkeys(args.eval_datasets)]
     twice = [name for name in texts if texts.count(name) > 1]
     if twice:
         raise ValueError(f"--eval-datasets: two files are called {twice[0]}; the table needs another name for one")
@@ -218,7 +217,7 @@ def read_texts(args, tokenizer, bare):
     def cut(dataset, corpus, documents, **more):
         text = data.as_text(dataset, corpus, documents, tokenizer, args.ppl_eval_seqlen, bos=bos, **more)
         flags.warn_of_text(dataset, text.about)
-        return text
+        return text._replace(name=text_name(dataset))
 
     with flags.naming_text(args):
         corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, chat=chat)
@@ -237,10 +236,17 @@ def read_texts(args, tokenizer, bare):
                 raise ValueError(f"--eval-datasets {dataset}: calibration takes all of it; lower --cal-nsamples")
         if args.eval_nsamples:
             documents = data.sample_documents(documents, min(args.eval_nsamples, len(documents)), args.seed)
-        limit = args.limit.get(data.short_name(dataset), args.limit.get(None))
+        limit = args.limit.get(text_name(dataset), args.limit.get(None))
         texts.append(cut(dataset, other, documents, limit=limit, text_column=column))
         texts[-1].about["left_out"] = left_out
     return calibration, texts
+
+
+def text_name(dataset):
+    """Return a text's name in the table: a file's own, without the ending."""
+    from lib.records import short_name
+
+    return Path(dataset).stem if Path(dataset).is_file() else short_name(dataset)
 
 
 def list_cells(args):

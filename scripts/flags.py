@@ -169,8 +169,10 @@ def check_tasks(args):
     from lib import tasks
 
     tasks.check_tasks(args.tasks, args.task_data, args.num_fewshot)
-    with naming("--tasks"):
+    try:
         tasks.check_rows(args.tasks, args.task_data)
+    except ValueError as error:
+        raise ValueError(f"--tasks {error} in --task-data") from error
 
 
 def read_removals(args):

@@ -4,6 +4,7 @@ import math
 
 from lib.engines import Cached, Exhaustive, Streamed
 from lib.evaluate import next_token
+from lib.importance import METRICS
 from lib.search import greedy
 
 
@@ -29,3 +30,9 @@ def _search(engine):
 
 exhaustive, cached, streamed = map(_search, (Exhaustive, Cached, Streamed))
 race = cached  # with a confidence
+
+
+def judging(name):
+    """Return the function of lib.importance that judges every unit once by a metric, a searched one too."""
+    once = f"{name}-oneshot" if METRICS[name].kind == "searched" else name
+    return METRICS[once].function

@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import tree
 from families import V, toy
-from searching import cached, exhaustive, race, streamed
+from searching import cached, exhaustive, judging, race, streamed
 
 from lib.blocks import Block
 from lib.decoder import Decoder
@@ -140,7 +140,7 @@ def brute_force(metric, name, unit):
 def test_a_metric_is_its_formula_on_the_plain_model(metric, name, block_type):
     decoder = Decoder(toy(name))
     units = decoder.blocks(block_type)
-    scores = METRICS[metric].function(decoder, units, WINDOWS, batch_size=2)
+    scores = judging(metric)(decoder, units, WINDOWS, batch_size=2)
     assert list(scores) == units, "ties are decided by this order"
     assert scores == pytest.approx({unit: brute_force(metric, name, unit) for unit in units}, rel=1e-5)
 
@@ -264,7 +264,7 @@ def test_quantised_weights_are_refused_by_name():
     require_weights(decoder, decoder.blocks(), "--metric taylor", inside=True)
     model.model.layers[1].mlp.register_buffer("qweight", torch.zeros(4, dtype=torch.int32))
     for metric in ("taylor", "magnitude"):
-        with pytest.raises(ValueError, match=f"--metric {metric}: the weights of this LlamaForCausalLM are quantised"):
+        with pytest.raises(ValueError, match=f"{metric}: the weights of this LlamaForCausalLM are quantised"):
             METRICS[metric].function(decoder, decoder.blocks(), WINDOWS)
 
 
@@ -421,7 +421,7 @@ def test_methods_that_cannot_be_are_refused(refused):
     refused("--metric angular removes whole layers", "--block-type layer", metric="angular")
     refused("--metric taylor", "gradients", "drop --offload", metric="taylor", offload=True)
     refused("--search race", "--metric bi", "drop --search", metric="bi", search="race")
-    refused("--del-block-num 3", "--block-type layer", "even", del_block_num=3, block_type="layer")
+    refused("--del-block-num 3", "whole layers", "even", del_block_num=3, block_type="layer")
 
 
 def test_ratios_that_cannot_be_reached_are_refused(refused):
@@ -444,7 +444,7 @@ def test_ratios_that_cannot_be_reached_are_refused(refused):
 
 
 def test_more_protected_layers_than_there_are_is_refused(refused):
-    refused("--protect-first 2 --protect-last 2", "3 layers", "0..3", protect_first=2, protect_last=2)
+    refused("--protect-first, --protect-last: 2 lowest and 2 topmost", "has 3", "0..3", protect_first=2, protect_last=2)
     refused(
         "--del-block-num 3",
         "2 blocks (1 mha + 1 mlp, 2 of 3 layers protected)",

@@ -367,7 +367,7 @@ def test_laco_refuses_in_one_line(run, toy_folder, tmp_path):
     refused("not empty", "overwrite", threshold=0.5)
     refused("other things than an export", threshold=0.5, overwrite=True)
     given = dict(threshold=0.5, model_path=toy_folder("gemma", num_hidden_layers=6), output_dir=tmp_path / "new")
-    refused("format gguf", "gemma", format="gguf", **given)
+    refused("format gguf", "BPE without merges", format="gguf", **given)
 
 
 def test_the_table_of_angles_and_the_mergekit_file(run, toy_folder, tmp_path, search):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import V, toy
 from memory import in_fresh_process, linux_only
-from searching import exhaustive, streamed
+from searching import exhaustive, judging, streamed
 
 from lib.decoder import Decoder
 from lib.evaluate import OBJECTIVES, window_losses
@@ -110,9 +110,9 @@ def test_offloaded_weights_have_a_magnitude_and_no_gradient(toy_folder):
     inside, away = (Decoder(load_model(toy_folder("llama"), "fp32", offload=offload)) for offload in (False, True))
     units = inside.blocks("layer")
     for metric in ("magnitude", "ppl", "bi"):
-        assert METRICS[metric].function(away, units, WINDOWS) == METRICS[metric].function(inside, units, WINDOWS)
+        assert judging(metric)(away, units, WINDOWS) == judging(metric)(inside, units, WINDOWS)
     assert METRICS["window_ppl"].function(away, 1, WINDOWS) == METRICS["window_ppl"].function(inside, 1, WINDOWS)
-    with pytest.raises(ValueError, match="--metric taylor: needs gradients.*LlamaForCausalLM are offloaded"):
+    with pytest.raises(ValueError, match="taylor: needs gradients.*LlamaForCausalLM are offloaded"):
         METRICS["taylor"].function(away, units, WINDOWS)
 
 
