@@ -1,0 +1,84 @@
+"""One number for each gap: the stream is multiplied by what the missing blocks would have made it grow.
+
+After Prune&Comp (arXiv 2507.18212), with the mean over tokens of RMS(after) / RMS(before) on the dense model's own
+streams in the place of its mean over channels. Every norm that reads the stream cancels its size, so multiplying the
+stream at a gap is the same as dividing everything that is added to it later: that is how the factor goes into weights,
+with tied embeddings, biases, learned positions and any format left as they are, and at no cost.
+"""
+
+import functools
+
+import torch
+
+from lib.edits import Edit
+from lib.repair.gaps import find_writers, gaps_of, scaled, steps_of
+
+POWERS = (1.0, 0.5, 1.5)  # of the measured factors; 1 is the published method
+
+
+def scale(decoder, removed, fit, choose, batch_size=8, progress=None):
+    """Yield (strength, Edit) for each power of the factors measured on the windows `fit` (N, T).
+
+    choose: not looked at. progress(windows) as batches are done. Raises ValueError for a family whose stream is not
+    free in size, and where a factor is not finite.
+    """
+    steps = steps_of(decoder, removed)
+    gaps = gaps_of(steps)
+    later = [block for step in steps[gaps[0][1] :] for block in step.blocks] if gaps else []
+    factors = growth(decoder, steps, gaps, fit, batch_size, progress)
+    writers = find_writers(decoder, later, fit[:1])
+    for power in POWERS:
+        used = [factor**power for factor in factors]
+        tensors = divided(decoder, steps, gaps, used, writers)
+        yield {"power": power, "factors": [round(f, 4) for f in used]}, Edit(tuple(removed), tensors)
+
+
+def growth(decoder, steps, gaps, windows, batch_size=8, progress=None):
+    """Return for each gap the mean over tokens of RMS(after) / RMS(before) on the dense model's streams.
+
+    Raises ValueError where one is not a positive number.
+    """
+    sums = torch.zeros(len(gaps), dtype=torch.float64)
+    starts, ends = ({gap[side]: g for g, gap in enumerate(gaps)} for side in (0, 1))
+    for ids in windows.split(batch_size):
+        stream = decoder.embed(ids)
+        h, before = stream.h, None
+        for k, step in enumerate(steps[: gaps[-1][1]] if gaps else ()):
+            if k in starts:
+                before = decoder.run(step.layer, step.kept, h, stream)
+            h = decoder.run(step.layer, step.kinds, h, stream)
+            if k + 1 in ends:
+                sums[ends[k + 1]] += (_size(h) / _size(before.to(h.device))).sum().cpu()
+        if progress:
+            progress(len(ids))
+    factors = (sums / windows.numel()).tolist()
+    for (start, _), factor in zip(gaps, factors, strict=True):
+        if not 0 < factor < float("inf"):
+            raise ValueError(
+                f"scale: the stream at layer {steps[start].layer} grows by {factor}: the model's states are not "
+                "finite; try fp32"
+            )
+    return factors
+
+
+def divided(decoder, steps, gaps, factors, writers):
+    """Return {name: function that loads the tensor}: writers divided by the factors of all gaps before them."""
+    at = {end: factor for (_, end), factor in zip(gaps, factors, strict=True)}
+    parameters = {name: p.data for name, p in decoder.model.named_parameters()}
+    total, tensors = 1.0, {}
+    for k, step in enumerate(steps):
+        total *= at.get(k, 1.0)
+        for block in step.blocks if total != 1.0 else ():
+            writer = writers[block]
+            mine = {name: parameters[name] for name in (*writer.names, *writer.readers)}
+            tensors |= {name: functools.partial(_load, mine, writer, 1 / total, name) for name in mine}
+    return tensors
+
+
+def _load(parameters, writer, factor, name):
+    return scaled(parameters, writer, factor)[name]
+
+
+def _size(h):
+    """Return the RMS of each token's state (B, T), float64."""
+    return h.double().square().mean(-1).sqrt()
