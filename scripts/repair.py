@@ -14,6 +14,8 @@ from scripts import flags
 from scripts.export import add_format_flag
 from scripts.recover import add_text_flags, check_seqlen, cut_text, read_corpora
 
+SECONDS = 10  # between lines of progress
+
 
 def parse_args(argv=None):
     from lib.repair.methods import METHODS
@@ -89,7 +91,7 @@ def run(parser, args):
 
     with parser.full_gpu("take a smaller --batch-size"):
         start = time.perf_counter()
-        fitted = repair(decoder, removed, args.method, fit, choose, args.batch_size, report=report)
+        fitted = repair(decoder, removed, args.method, fit, choose, args.batch_size, Progress(), report)
         seconds = round(time.perf_counter() - start)
         ppl = {"dense": perplexities(Edit()), "pruned": perplexities(Edit(tuple(removed)))}
         ppl["repaired"] = perplexities(fitted.edit)
@@ -134,8 +136,19 @@ def run(parser, args):
     print(to_json(result))
 
 
+class Progress:
+    """Prints what a method is at, now and then."""
+
+    last = 0.0
+
+    def __call__(self, words):
+        if time.monotonic() - self.last > SECONDS:
+            self.last = time.monotonic()
+            print(f"fitting       {words}", flush=True)
+
+
 def report(strength, loss):
-    words = "  ".join(f"{key} {value}" for key, value in strength.items() if not isinstance(value, list))
+    words = "  ".join(f"{key} {value}" for key, value in strength.items() if not isinstance(value, (list, dict)))
     print(f"strength      {words}  loss {loss:.4f}", flush=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,11 +15,13 @@ from test_export_gguf import SHAPE, by_llama_cpp, byte_level
 
 from lib.blocks import parse_block
 from lib.decoder import Decoder
-from lib.edits import applied
+from lib.edits import Edit, applied, replaced
 from lib.export.write import export
 from lib.model import load_model
 from lib.repair.gaps import Writer, find_writers, gaps_of, steps_of
 from lib.repair.methods import METHODS, repair
+from lib.repair.reconstruct import SHARES, reconstruct, relative_error, streamline
+from lib.repair.replaceme import _moments, least_squares, replaceme
 from lib.repair.scale import growth
 from scripts import repair as script
 
@@ -98,17 +101,35 @@ def test_scale_is_the_masked_model_with_its_stream_scaled(name):
     assert all(abs(math.log(factor)) > 0.01 for factor in factors.values()), "a toy that needs no repair shows nothing"
     fitted = repair(decoder, removed, "scale", WINDOWS[:4], WINDOWS[4:], 2)
     strength = fitted.edit.about
-    assert strength["factors"] == pytest.approx([f ** strength["power"] for f in factors.values()], rel=1e-3)
-    wanted = reference_scaled(decoder, removed, WINDOWS, {i: f ** strength["power"] for i, f in factors.items()})
+    if strength["factors"] == "grown":
+        assert strength["values"] == pytest.approx([f ** strength["power"] for f in factors.values()], rel=1e-3)
+    wanted = reference_scaled(decoder, removed, WINDOWS, dict(zip(factors, strength["values"], strict=True)))
     with applied(decoder, fitted.edit), torch.no_grad():
         got = decoder.model(WINDOWS).logits
     with decoder.masked(removed), torch.no_grad():
         plain = decoder.model(WINDOWS).logits
     assert same(got, wanted) and not same(plain, wanted, 1e-3)
     assert fitted.losses["none"] == pytest.approx(mean_loss(plain[4:], WINDOWS[4:]), rel=1e-5)
-    key = f"power {strength['power']}"
+    key = f"factors {strength['factors']} power {strength['power']}"
     assert fitted.losses[key] == pytest.approx(mean_loss(got[4:], WINDOWS[4:]), rel=1e-4)
     assert fitted.losses[key] == min(loss for which, loss in fitted.losses.items() if which != "none")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
+def test_matched_factors_give_the_stream_the_dense_size_behind_each_gap(name):
+    decoder, removed = Decoder(deep(name)), blocks("mha1 mlp1 mha3 mlp3")
+    with torch.no_grad():
+        states = decoder.model(WINDOWS, output_hidden_states=True).hidden_states
+    path = steps_of(decoder, removed)
+    first, second = growth(decoder, path, gaps_of(path), WINDOWS, 6)["matched"]
+    assert first == pytest.approx((rms(states[2]) / rms(states[1])).mean().item(), rel=1e-4)
+    seen = []
+    hook = decoder.layers[4].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    reference_scaled(decoder, removed, WINDOWS, {2: first})
+    hook.remove()
+    assert second == pytest.approx((rms(states[4]) / rms(seen[0])).mean().item(), rel=1e-4)
 
 
 def mean_loss(logits, ids):
@@ -125,13 +146,14 @@ def test_a_gap_within_layers_is_measured_between_the_states_around_it():
     for hook in hooks:
         hook.remove()
     steps = steps_of(decoder, blocks("mlp1 mha2 mlp2 mha3"))
-    factors = growth(decoder, steps, gaps_of(steps), WINDOWS, 4)
+    factors = growth(decoder, steps, gaps_of(steps), WINDOWS, 4)["grown"]
     assert factors == pytest.approx([(rms(seen[1]) / rms(seen[0])).mean().item()], rel=1e-5)
     steps = steps_of(decoder, blocks("mlp4"))
     with torch.no_grad():
         last = decoder.run(4, ("mha",), states[4], decoder.embed(WINDOWS))
         full = decoder.run(4, ("mlp",), last, decoder.embed(WINDOWS))
-    assert growth(decoder, steps, gaps_of(steps), WINDOWS) == pytest.approx([(rms(full) / rms(last)).mean().item()])
+    measured = growth(decoder, steps, gaps_of(steps), WINDOWS)
+    assert measured["grown"] == measured["matched"] == pytest.approx([(rms(full) / rms(last)).mean().item()])
 
 
 def test_writers_are_what_the_families_have():
@@ -303,3 +325,106 @@ def test_states_that_are_not_finite_are_one_line(run, toy_folder, tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     done = run(model_path=folder)
     assert done.code == 2 and "not finite; try fp32" in done.err and len(done.err.splitlines()) == 1
+
+
+# ---- reconstruct and streamline ----------------------------------------------------------------------------------
+
+
+FEW = WINDOWS[:4]  # of random tokens: what is learnt of them holds for no others
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3", "olmo2", "gpt-neox", "mixtral"])
+def test_reconstruct_follows_the_dense_stream_and_touches_the_blocks_next_to_gaps(name):
+    decoder, removed = Decoder(deep(name)), blocks("mha2 mlp2")
+    before = {key: value.clone() for key, value in decoder.model.state_dict().items()}
+    (_, full), *_, (strength, edit) = reconstruct(decoder, removed, FEW, FEW, 2, None, 60, 1e-2)
+    with torch.no_grad():
+        wanted = decoder.model(FEW, output_hidden_states=True).hidden_states
+    near = ("mlp1", "mha3") if name != "gpt-neox" else ("mha1 mlp1", "mha3 mlp3")
+    assert tuple(strength["errors"]) == near
+    layers = {int(part) for key in edit.tensors for part in key.split(".") if part.isdecimal() and len(part) == 1}
+    assert layers <= {0, 1, 2, 3} and {1, 3} <= layers
+    assert all(torch.equal(value, before[key]) for key, value in decoder.model.state_dict().items())
+
+    def error(edited):
+        """Of the state entering layer 3, by hooks on the model itself."""
+        seen = []
+        hook = decoder.layers[3].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        with applied(decoder, edited), torch.no_grad():
+            decoder.model(FEW)
+        hook.remove()
+        off = (seen[0] - wanted[3]).square().sum(-1) / wanted[3].square().sum(-1)
+        return off.mean().item()
+
+    first, last = strength["errors"][near[0]]
+    assert error(Edit(tuple(removed))) == pytest.approx(first, rel=1e-3)
+    assert error(full) == pytest.approx(last, rel=1e-3) and last < 0.9 * first
+    name, tensor = next(iter(edit.tensors.items()))
+    assert torch.allclose(tensor, torch.lerp(before[name], full.tensors[name], SHARES[-1]), atol=1e-6)
+
+
+def test_streamline_puts_one_trained_layer_in_the_place_of_a_run():
+    decoder, removed = Decoder(deep("llama")), blocks("mha3 mlp1 mha1 mha2 mlp2")
+    full = next(e for _, e in streamline(decoder, removed, FEW, FEW, 2, None, 100, 1e-2))
+    assert list(full.removed) == blocks("mha3 mha2 mlp2")
+    assert {name.split(".")[2] for name in full.tensors} == {"1"} and len(full.tensors) == 9
+    with torch.no_grad():
+        wanted = decoder.run(
+            3, ("mha",), decoder.model(FEW, output_hidden_states=True).hidden_states[3], decoder.embed(FEW)
+        )
+
+    def error(edited):
+        seen = []
+        hook = decoder.layers[3].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        with applied(decoder, edited), torch.no_grad():
+            decoder.model(FEW)
+        hook.remove()
+        return relative_error(seen[0], wanted).item()
+
+    assert error(full) < 0.9 * error(Edit(full.removed)), "trained towards the dense state behind the whole gap"
+    with pytest.raises(ValueError, match="streamline: none of the removed blocks make up a whole layer"):
+        next(streamline(decoder, blocks("mha1 mlp2"), WINDOWS[:4], WINDOWS[4:]))
+
+
+# ---- replaceme ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "gpt2", "qwen2", "granite"])
+def test_replaceme_is_weighted_least_squares_merged_into_the_writer(name):
+    """A ridge of almost nothing: numpy's solution on the states that transformers reports."""
+    decoder, removed = Decoder(deep(name)), blocks("mha2 mlp2")
+    windows, stream = WINDOWS[:4], decoder.embed(WINDOWS[:4])
+    with torch.no_grad():
+        states = decoder.model(windows, output_hidden_states=True).hidden_states
+    y = decoder.run(1, ("mha",), states[1], stream)
+    U, target = ((x.flatten(0, 1).double().numpy()) for x in (decoder.run(1, ("mlp",), y, stream) - y, states[3]))
+    weight = 1 / np.linalg.norm(target, axis=1, keepdims=True)
+    residual = target - y.flatten(0, 1).double().numpy()
+    T, *_ = np.linalg.lstsq(weight * U, weight * residual, rcond=None)
+    found = [(s, e) for s, e in replaceme(decoder, removed, windows, WINDOWS[4:], 2)]
+    sums, _ = _moments(decoder, steps_of(decoder, removed), {(4, 6): 3}, windows, 2, None)
+    assert np.allclose(least_squares(*sums[3], 1e-12).numpy(), T, atol=1e-3 * np.abs(T).max())
+    strength, edit = found[0]
+    wanted = least_squares(*sums[3], strength["ridge"])
+    with replaced(decoder, edit), torch.no_grad():
+        got = decoder.run(1, ("mlp",), y, stream) - y
+    assert torch.allclose(got.flatten(0, 1).double(), torch.as_tensor(U) @ wanted, atol=1e-4 * np.abs(U).max())
+    assert [s["objective"] for s, _ in found] == ["squares"] * 6 + ["cosine"] * 2
+
+    def cosine(edited):
+        with replaced(decoder, edited), torch.no_grad():
+            out = decoder.run(1, ("mlp",), y, stream)
+        return torch.nn.functional.cosine_similarity(out, states[3], dim=-1).mean().item()
+
+    assert cosine(found[6][1]) > cosine(Edit()) + 1e-3
+
+
+def test_replaceme_refuses_what_it_cannot_merge_into():
+    with pytest.raises(ValueError, match="writes to the stream through a norm .*post_feedforward_layernorm"):
+        next(replaceme(Decoder(toy("gemma3")), blocks("mha1"), WINDOWS[:4], WINDOWS[4:]))
+    with pytest.raises(ValueError, match="no block is kept before the first gap"):
+        next(replaceme(Decoder(toy("llama")), blocks("mha0 mlp0"), WINDOWS[:4], WINDOWS[4:]))

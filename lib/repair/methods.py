@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from lib.edits import Edit, replaced
 from lib.evaluate import window_losses
+from lib.repair.reconstruct import reconstruct, streamline
+from lib.repair.replaceme import replaceme
 from lib.repair.scale import scale
 
 EVERY = ("stock", "hf", "decilm", "gguf", "zeroed")  # formats
@@ -31,7 +33,10 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "scale": Method(scale, "one factor for each gap, in the weights of the blocks behind it", "arXiv 2507.18212")
+    "scale": Method(scale, "one factor for each gap, in the weights of the blocks behind it", "arXiv 2507.18212"),
+    "reconstruct": Method(reconstruct, "the kept blocks next to gaps, trained", "arXiv 2510.14444"),
+    "replaceme": Method(replaceme, "a matrix for each gap, in the output projection before it", "arXiv 2505.02819"),
+    "streamline": Method(streamline, "one trained layer for each run of removed layers", "arXiv 2403.19135"),
 }
 
 
@@ -45,7 +50,7 @@ class Repaired(NamedTuple):
 def repair(decoder, removed, method, fit, choose, batch_size=8, progress=None, report=None):
     """Return the model without the blocks `removed` as Repaired by `method`, a key of METHODS.
 
-    fit, choose: token windows (N, T), (M, T), none in both. progress(windows) while fitting;
+    fit, choose: token windows (N, T), (M, T), none in both. progress(words) while fitting;
     report(strength, loss) for each strength. The model itself is left as it is. Raises ValueError for a family that
     the method does not know, and for losses that are not finite.
     """
@@ -54,7 +59,9 @@ def repair(decoder, removed, method, fit, choose, batch_size=8, progress=None, r
         raise ValueError(f"the model without these blocks has a loss of {losses['none']}; try fp32, or remove fewer")
     for strength, edit in METHODS[method].function(decoder, removed, fit, choose, batch_size, progress):
         loss = mean_loss(decoder, choose, edit, batch_size)
-        losses[" ".join(f"{key} {value}" for key, value in strength.items() if not isinstance(value, list))] = loss
+        losses[" ".join(f"{key} {value}" for key, value in strength.items() if not isinstance(value, (list, dict)))] = (
+            loss
+        )
         if report:
             report(strength, loss)
         if math.isfinite(loss) and (best is None or loss < best[0]):

@@ -1,9 +1,9 @@
 """One number for each gap: the stream is multiplied by what the missing blocks would have made it grow.
 
-After Prune&Comp (arXiv 2507.18212), with the mean over tokens of RMS(after) / RMS(before) on the dense model's own
-streams in the place of its mean over channels. Every norm that reads the stream cancels its size, so multiplying the
-stream at a gap is the same as dividing everything that is added to it later: that is how the factor goes into weights,
-with tied embeddings, biases, learned positions and any format left as they are, and at no cost.
+After Prune&Comp (arXiv 2507.18212), with the mean over tokens of RMS(after) / RMS(before) in the place of its mean over
+channels. Every norm that reads the stream cancels its size, so multiplying the stream at a gap is the same as dividing
+everything that is added to it later: that is how the factor goes into weights, with tied embeddings, biases, learned
+positions and any format left as they are, and at no cost.
 """
 
 import functools
@@ -13,60 +13,71 @@ import torch
 from lib.edits import Edit
 from lib.repair.gaps import find_writers, gaps_of, scaled, steps_of
 
-POWERS = (1.0, 0.5, 1.5)  # of the measured factors; 1 is the published method
+POWERS = (1.0, 0.5)  # of the measured factors
 
 
 def scale(decoder, removed, fit, choose, batch_size=8, progress=None):
-    """Yield (strength, Edit) for each power of the factors measured on the windows `fit` (N, T).
+    """Yield (strength, Edit): factors measured on the windows `fit` (N, T), two ways and with several powers.
 
-    choose: not looked at. progress(windows) as batches are done. Raises ValueError for a family whose stream is not
-    free in size, and where a factor is not finite.
+    "grown": RMS after / before a gap on the dense model's streams, as published. "matched": what brings the stream that
+    is pruned, and scaled so far, to the dense one's RMS behind each gap; the blocks between gaps restore some of its
+    size, which the first way counts twice. choose: not looked at. progress(words) after each batch. Raises ValueError
+    for a family whose stream is not free in size, and where a factor is not finite.
     """
-    steps = steps_of(decoder, removed)
-    gaps = gaps_of(steps)
-    later = [block for step in steps[gaps[0][1] :] for block in step.blocks] if gaps else []
-    factors = growth(decoder, steps, gaps, fit, batch_size, progress)
+    path = steps_of(decoder, removed)
+    gaps = gaps_of(path)
+    measured = growth(decoder, path, gaps, fit, batch_size, progress)
+    later = [block for step in path[gaps[0][1] :] for block in step.blocks]
     writers = find_writers(decoder, later, fit[:1])
-    for power in POWERS:
-        used = [factor**power for factor in factors]
-        tensors = divided(decoder, steps, gaps, used, writers)
-        yield {"power": power, "factors": [round(f, 4) for f in used]}, Edit(tuple(removed), tensors)
+    for way, factors in measured.items():
+        for power in POWERS:
+            used = [factor**power for factor in factors]
+            edit = Edit(tuple(removed), divided(decoder, path, gaps, used, writers))
+            yield {"factors": way, "power": power, "values": [round(f, 4) for f in used]}, edit
 
 
-def growth(decoder, steps, gaps, windows, batch_size=8, progress=None):
-    """Return for each gap the mean over tokens of RMS(after) / RMS(before) on the dense model's streams.
+def growth(decoder, path, gaps, windows, batch_size=8, progress=None):
+    """Return {"grown": [factor of each gap], "matched": ...}, means over tokens as `scale` says.
 
+    The second one's factors are those of the batches so far: the first batch sets them, and each corrects them.
     Raises ValueError where one is not a positive number.
     """
-    sums = torch.zeros(len(gaps), dtype=torch.float64)
+    grown, matched = torch.zeros(2, len(gaps), dtype=torch.float64)
     starts, ends = ({gap[side]: g for g, gap in enumerate(gaps)} for side in (0, 1))
+    done = 0
     for ids in windows.split(batch_size):
         stream = decoder.embed(ids)
-        h, before = stream.h, None
-        for k, step in enumerate(steps[: gaps[-1][1]] if gaps else ()):
+        dense = pruned = before = stream.h
+        for k, step in enumerate(path[: gaps[-1][1]]):
             if k in starts:
-                before = decoder.run(step.layer, step.kept, h, stream)
-            h = decoder.run(step.layer, step.kinds, h, stream)
+                before = decoder.run(step.layer, step.kept, dense, stream)
+            dense = decoder.run(step.layer, step.kinds, dense, stream)
+            pruned = decoder.run(step.layer, step.kept, pruned, stream)
             if k + 1 in ends:
-                sums[ends[k + 1]] += (_size(h) / _size(before.to(h.device))).sum().cpu()
+                g = ends[k + 1]
+                grown[g] += (_size(dense) / _size(before)).sum().cpu()
+                matched[g] += (_size(dense) / _size(pruned)).sum().cpu()
+                pruned = pruned * (matched[g] / (done + ids.numel())).to(pruned.dtype)
+        done += ids.numel()
         if progress:
-            progress(len(ids))
-    factors = (sums / windows.numel()).tolist()
-    for (start, _), factor in zip(gaps, factors, strict=True):
-        if not 0 < factor < float("inf"):
-            raise ValueError(
-                f"scale: the stream at layer {steps[start].layer} grows by {factor}: the model's states are not "
-                "finite; try fp32"
-            )
-    return factors
+            progress(f"{done:,} of {windows.numel():,} tokens")
+    found = {"grown": (grown / done).tolist(), "matched": (matched / done).tolist()}
+    for factors in found.values():
+        for (start, _), factor in zip(gaps, factors, strict=True):
+            if not 0 < factor < float("inf"):
+                raise ValueError(
+                    f"scale: the stream at layer {path[start].layer} grows by {factor}: the model's states are not "
+                    "finite; try fp32"
+                )
+    return found
 
 
-def divided(decoder, steps, gaps, factors, writers):
+def divided(decoder, path, gaps, factors, writers):
     """Return {name: function that loads the tensor}: writers divided by the factors of all gaps before them."""
     at = {end: factor for (_, end), factor in zip(gaps, factors, strict=True)}
     parameters = {name: p.data for name, p in decoder.model.named_parameters()}
     total, tensors = 1.0, {}
-    for k, step in enumerate(steps):
+    for k, step in enumerate(path):
         total *= at.get(k, 1.0)
         for block in step.blocks if total != 1.0 else ():
             writer = writers[block]
