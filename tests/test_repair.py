@@ -19,9 +19,10 @@ from lib.edits import Edit, applied, replaced
 from lib.export.write import export
 from lib.model import load_model
 from lib.repair.gaps import Writer, find_writers, gaps_of, steps_of
+from lib.repair.linear import hadamard, linear
 from lib.repair.methods import METHODS, repair
 from lib.repair.reconstruct import SHARES, reconstruct, relative_error, streamline
-from lib.repair.replaceme import _moments, least_squares, replaceme
+from lib.repair.replaceme import least_squares, moments, replaceme
 from lib.repair.scale import growth
 from scripts import repair as script
 
@@ -406,7 +407,7 @@ def test_replaceme_is_weighted_least_squares_merged_into_the_writer(name):
     residual = target - y.flatten(0, 1).double().numpy()
     T, *_ = np.linalg.lstsq(weight * U, weight * residual, rcond=None)
     found = [(s, e) for s, e in replaceme(decoder, removed, windows, WINDOWS[4:], 2)]
-    sums, _ = _moments(decoder, steps_of(decoder, removed), {(4, 6): 3}, windows, 2, None)
+    sums, _ = moments(decoder, steps_of(decoder, removed), {(4, 6): 3}, windows, 2, None)
     assert np.allclose(least_squares(*sums[3], 1e-12).numpy(), T, atol=1e-3 * np.abs(T).max())
     strength, edit = found[0]
     wanted = least_squares(*sums[3], strength["ridge"])
@@ -428,3 +429,57 @@ def test_replaceme_refuses_what_it_cannot_merge_into():
         next(replaceme(Decoder(toy("gemma3")), blocks("mha1"), WINDOWS[:4], WINDOWS[4:]))
     with pytest.raises(ValueError, match="no block is kept before the first gap"):
         next(replaceme(Decoder(toy("llama")), blocks("mha0 mlp0"), WINDOWS[:4], WINDOWS[4:]))
+
+
+# ---- linear ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 8, 12, 36, 576])
+def test_the_hadamard_basis_is_orthonormal_and_spreads_a_single_channel(n):
+    Q = hadamard(n)
+    assert torch.allclose(Q @ Q.T, torch.eye(n, dtype=torch.float64), atol=1e-10)
+    assert Q[-1].abs().max() <= (2 / n) ** 0.5 + 1e-9
+    if n == 8:
+        assert {round(x, 6) for x in Q.abs().flatten().tolist()} == {round(8**-0.5, 6)}
+
+
+def test_the_linear_form_is_weighted_least_squares():
+    decoder, removed = Decoder(deep("llama")), blocks("mha2 mlp2")
+    with torch.no_grad():
+        states = decoder.model(FEW, output_hidden_states=True).hidden_states
+    X, target = (states[k].flatten(0, 1).double().numpy() for k in (2, 3))
+    weight = 1 / np.linalg.norm(target, axis=1, keepdims=True)
+    T, *_ = np.linalg.lstsq(weight * X, weight * target, rcond=None)
+    sums, samples = moments(decoder, steps_of(decoder, removed), {(4, 6): 4}, FEW, 2, whole=True)
+    assert np.allclose(least_squares(*sums[4], 1e-12).numpy(), T, atol=1e-3 * np.abs(T).max())
+    found = list(linear(decoder, removed, FEW, FEW, 2))
+    assert [s["form"] for s, _ in found] == ["squares"] * 6 + ["hadamard"] * 2
+    Q = hadamard(32).numpy()
+    d = np.abs(target @ Q).mean(0) / np.abs(X @ Q).mean(0)
+    ((block, A),) = found[6][1].matrices.items()
+    assert block == parse_block("mha3") and np.allclose(A.numpy() + np.eye(32), Q @ np.diag(d) @ Q.T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, removed",
+    [("llama", "mlp0 mha1"), ("llama", "mlp1"), ("qwen2", "mha1 mlp1"), ("gpt2", "mlp0 mha1 mlp1"), ("gemma2", "mha1")]
+    + [("llama", "mha0 mlp2"), ("gpt-neox", "mha1 mlp1"), ("gpt-neox", "mlp1")],
+)
+def test_hf_holds_the_matrices_and_no_other_format_does(name, removed, toy_folder, tmp_path):
+    folder = toy_folder(name)
+    decoder = Decoder(load_model(folder, "fp32"))
+    *_, (_, edit) = linear(decoder, blocks(removed), FEW, FEW, 2)
+    with applied(decoder, edit), torch.no_grad():
+        wanted = decoder.model(FEW).logits
+    with decoder.masked(edit.removed), torch.no_grad():
+        assert not same(decoder.model(FEW).logits, wanted, 1e-3)
+    assert export(folder, edit, tmp_path / "out")["format"] == "hf"
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        assert same(again(FEW).logits, wanted)
+        out = again.generate(FEW[:1, :8], max_new_tokens=4, do_sample=False, pad_token_id=0)
+        for n in range(8, 12):  # with the cache as without
+            assert out[0, n] == again(out[:, :n], use_cache=False).logits[0, -1].argmax()
+    for format in ("stock", "zeroed", "decilm", "gguf"):
+        with pytest.raises(ValueError, match=f"format {format}: holds no matrices on the stream"):
+            export(folder, edit, tmp_path / "no", format)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from lib.edits import Edit, replaced
 from lib.evaluate import window_losses
+from lib.repair.linear import linear
 from lib.repair.reconstruct import reconstruct, streamline
 from lib.repair.replaceme import replaceme
 from lib.repair.scale import scale
@@ -36,6 +37,7 @@ METHODS = {
     "scale": Method(scale, "one factor for each gap, in the weights of the blocks behind it", "arXiv 2507.18212"),
     "reconstruct": Method(reconstruct, "the kept blocks next to gaps, trained", "arXiv 2510.14444"),
     "replaceme": Method(replaceme, "a matrix for each gap, in the output projection before it", "arXiv 2505.02819"),
+    "linear": Method(linear, "a matrix on the stream at each gap", "arXiv 2605.15491, 2505.24680", ("hf",)),
     "streamline": Method(streamline, "one trained layer for each run of removed layers", "arXiv 2403.19135"),
 }
 

@@ -36,7 +36,7 @@ def replaceme(decoder, removed, fit, choose, batch_size=4, progress=None):
                 f"replaceme: {block} writes to the stream through a norm ({writer.names[0]}), which no matrix can be "
                 "merged into; take another repair"
             )
-    sums, samples = _moments(decoder, path, last, fit, batch_size, progress)
+    sums, samples = moments(decoder, path, last, fit, batch_size, progress)
 
     def edit(maps):
         tensors = {}
@@ -48,10 +48,10 @@ def replaceme(decoder, removed, fit, choose, batch_size=4, progress=None):
     for ridge in RIDGES:
         maps = {k: least_squares(A, B, ridge) for k, (A, B) in sums.items()}
         for share in SHARES:
-            yield {"objective": "squares", "ridge": ridge, "share": share}, edit(_part(maps, share))
+            yield {"objective": "squares", "ridge": ridge, "share": share}, edit(part_of(maps, share))
     maps = {k: by_cosine(*sample) for k, sample in samples.items()}
     for share in SHARES:
-        yield {"objective": "cosine", "share": share}, edit(_part(maps, share))
+        yield {"objective": "cosine", "share": share}, edit(part_of(maps, share))
 
 
 def least_squares(A, B, ridge):
@@ -80,8 +80,12 @@ def _before(path, gap):
     return next((k for k in range(gap[1] - 1, -1, -1) if path[k].kept), None)
 
 
-def _moments(decoder, path, last, windows, batch_size, progress):
-    """Return ({k: (U'U, U'D)}, {k: (y, U, target) of some tokens}) for the steps whose writers are changed."""
+def moments(decoder, path, last, windows, batch_size, progress=None, whole=False):
+    """Return ({k: (U'U, U'D)}, {k: (y, U, target) of some tokens}) of the dense streams at steps k of `last`, {gap: k}.
+
+    y is the stream that enters step k, U what its kept blocks add to it, the target the stream behind the gap, and D
+    what y + U lacks of it. whole: U is y + U, and y zero.
+    """
     sums, samples = {}, {}
     every, done = max(1, windows.numel() // TOKENS), 0
     for ids in windows.split(batch_size):
@@ -95,6 +99,7 @@ def _moments(decoder, path, last, windows, batch_size, progress):
             for gap, writer in last.items():
                 if gap[1] == k + 1:
                     y, kept = states[writer]
+                    y = torch.zeros_like(y) if whole else y
                     parts = [x.flatten(0, 1).clone() for x in (y, kept - y, h)]
                     mine = samples.setdefault(writer, [[], [], []])
                     for kept_part, part in zip(mine, parts, strict=True):
@@ -109,7 +114,7 @@ def _moments(decoder, path, last, windows, batch_size, progress):
     return sums, {k: [torch.cat(part) for part in parts] for k, parts in samples.items()}
 
 
-def _part(maps, share):
+def part_of(maps, share):
     return {k: torch.lerp(torch.eye(len(T), dtype=T.dtype, device=T.device), T, share) for k, T in maps.items()}
 
 
