@@ -261,6 +261,9 @@ def test_the_script_writes_what_it_measured(run, tmp_path):
     assert info["edit"] == result["edit"] and result["edit"]["method"] == "scale"
     assert set(result["edit"]["perplexity"]["repaired"]) == {"own", "pydoc"}
     assert result["edit"]["runs_shared_with_held_out"] == {"own": 0, "pydoc": 0}
+    card, values = (tmp_path / "out" / "README.md").read_text(), result["edit"]["perplexity"]
+    assert "found by BlockPruner, and repaired by scale, which changes weights of the others, too" in card
+    assert f"{values['repaired']['pydoc']:.4f} (unrepaired {values['pruned']['pydoc']:.4f}) |" in card
     from lib.data import load_documents
     from lib.model import load_tokenizer
     from lib.recover_text import first_windows
