@@ -302,6 +302,7 @@ def test_bad_input_is_one_line(run, toy_folder, damaged, tmp_path):
     refused("invalid choice: 'glue'", method="glue")
     refused("--seqlen 4096", "2..128", seqlen=4096)
     refused("too few to hold out", held_out=500)
+    refused("--format stock: cannot hold --method linear; use hf", method="linear", format="stock")
     refused("format stock", "without its other half", format="stock", del_block_num=1)
     refused("format gguf is for llama", model_path=toy_folder("gpt2", n_layer=4), format="gguf")
     (tmp_path / "out").mkdir()
@@ -410,7 +411,7 @@ def test_replaceme_is_weighted_least_squares_merged_into_the_writer(name):
     residual = target - y.flatten(0, 1).double().numpy()
     T, *_ = np.linalg.lstsq(weight * U, weight * residual, rcond=None)
     found = [(s, e) for s, e in replaceme(decoder, removed, windows, WINDOWS[4:], 2)]
-    sums, _ = moments(decoder, steps_of(decoder, removed), {(4, 6): 3}, windows, 2, None)
+    sums, _ = moments(decoder, steps_of(decoder, removed), {3: 6}, windows, 2, None)
     assert np.allclose(least_squares(*sums[3], 1e-12).numpy(), T, atol=1e-3 * np.abs(T).max())
     strength, edit = found[0]
     wanted = least_squares(*sums[3], strength["ridge"])
@@ -425,6 +426,18 @@ def test_replaceme_is_weighted_least_squares_merged_into_the_writer(name):
         return torch.nn.functional.cosine_similarity(out, states[3], dim=-1).mean().item()
 
     assert cosine(found[6][1]) > cosine(Edit()) + 1e-3
+
+
+def test_replaceme_in_parallel_layers_changes_what_the_mlp_adds():
+    decoder = Decoder(deep("gpt-neox"))
+    path = steps_of(decoder, blocks("mha2 mlp2 mlp3"))
+    y = decoder.run(
+        1, ("mha",), decoder.run(0, ("mha", "mlp"), decoder.embed(FEW).h, decoder.embed(FEW)), decoder.embed(FEW)
+    )
+    _, samples = moments(decoder, path, {1: 3, 3: 4}, FEW, 4)
+    assert torch.allclose(samples[1][0], y.flatten(0, 1), atol=1e-5)
+    tensors = [edit.tensors for _, edit in replaceme(decoder, blocks("mha2 mlp2 mlp3"), FEW, FEW, 2)][0]
+    assert {name.split(".")[2] + name.split(".")[3] for name in tensors} == {"1mlp", "3attention"}
 
 
 def test_replaceme_refuses_what_it_cannot_merge_into():
@@ -453,7 +466,7 @@ def test_the_linear_form_is_weighted_least_squares():
     X, target = (states[k].flatten(0, 1).double().numpy() for k in (2, 3))
     weight = 1 / np.linalg.norm(target, axis=1, keepdims=True)
     T, *_ = np.linalg.lstsq(weight * X, weight * target, rcond=None)
-    sums, samples = moments(decoder, steps_of(decoder, removed), {(4, 6): 4}, FEW, 2, whole=True)
+    sums, samples = moments(decoder, steps_of(decoder, removed), {4: 6}, FEW, 2, whole=True)
     assert np.allclose(least_squares(*sums[4], 1e-12).numpy(), T, atol=1e-3 * np.abs(T).max())
     found = list(linear(decoder, removed, FEW, FEW, 2))
     assert [s["form"] for s, _ in found] == ["squares"] * 6 + ["hadamard"] * 2

@@ -15,17 +15,19 @@ from lib.repair.replaceme import RIDGES, SHARES, least_squares, moments
 def linear(decoder, removed, fit, choose, batch_size=4, progress=None):
     """Yield (strength, Edit) as lib.repair.replaceme.replaceme; a gap with no kept block behind it stays as it is."""
     path = steps_of(decoder, removed)
-    behind = {gap: next((step for step in path[gap[1] :] if step.kept), None) for gap in gaps_of(path)}
-    starts = {gap: gap[0] for gap, step in behind.items() if step is not None}
-    if not starts:
+    first = {}  # block behind a gap: where its matrix's stream begins and ends
+    for start, end in gaps_of(path):
+        if step := next((step for step in path[end:] if step.kept), None):
+            first[step.blocks[0]] = first.get(step.blocks[0], (start,))[0], end
+    if not first:
         raise ValueError("linear: no block is kept behind the gap to put a matrix before; take another repair")
-    first = {start: behind[gap].blocks[0] for gap, start in starts.items()}
-    sums, samples = moments(decoder, path, starts, fit, batch_size, progress, whole=True)
+    blocks = {start: block for block, (start, _) in first.items()}
+    sums, samples = moments(decoder, path, dict(first.values()), fit, batch_size, progress, whole=True)
     found = [({"form": "squares", "ridge": r}, {k: least_squares(*sums[k], r) for k in sums}) for r in RIDGES]
     found.append(({"form": "hadamard"}, {k: by_hadamard(U, target) for k, (_, U, target) in samples.items()}))
     for strength, maps in found:
         for share in SHARES:
-            matrices = {first[k]: (share * (T - torch.eye(len(T)).to(T))).float() for k, T in maps.items()}
+            matrices = {blocks[k]: (share * (T - torch.eye(len(T)).to(T))).float() for k, T in maps.items()}
             yield {**strength, "share": share}, Edit(tuple(removed), matrices=matrices)
 
 

@@ -24,11 +24,11 @@ def replaceme(decoder, removed, fit, choose, batch_size=4, progress=None):
     stays as it is. Raises ValueError where blocks write through a norm, into which no matrix can be merged.
     """
     path = steps_of(decoder, removed)
-    last = {gap: _before(path, gap) for gap in gaps_of(path)}
-    last = {gap: k for gap, k in last.items() if k is not None}
-    if not last:
+    ends = {_before(path, gap): gap[1] for gap in gaps_of(path)}
+    ends.pop(None, None)
+    if not ends:
         raise ValueError("replaceme: no block is kept before the first gap to merge a matrix into; take another repair")
-    writers = find_writers(decoder, [path[k].blocks[-1] for k in last.values()], fit[:1])
+    writers = find_writers(decoder, [path[k].blocks[-1] for k in ends], fit[:1])
     parameters = {name: p.data for name, p in decoder.model.named_parameters()}
     for block, writer in writers.items():
         if parameters[writer.names[0]].dim() != 2:
@@ -36,7 +36,7 @@ def replaceme(decoder, removed, fit, choose, batch_size=4, progress=None):
                 f"replaceme: {block} writes to the stream through a norm ({writer.names[0]}), which no matrix can be "
                 "merged into; take another repair"
             )
-    sums, samples = moments(decoder, path, last, fit, batch_size, progress)
+    sums, samples = moments(decoder, path, ends, fit, batch_size, progress)
 
     def edit(maps):
         tensors = {}
@@ -80,34 +80,30 @@ def _before(path, gap):
     return next((k for k in range(gap[1] - 1, -1, -1) if path[k].kept), None)
 
 
-def moments(decoder, path, last, windows, batch_size, progress=None, whole=False):
-    """Return ({k: (U'U, U'D)}, {k: (y, U, target) of some tokens}) of the dense streams at steps k of `last`, {gap: k}.
+def moments(decoder, path, ends, windows, batch_size, progress=None, whole=False):
+    """Return ({k: (U'U, U'D)}, {k: (y, U, target) of some tokens}) of the dense streams at the steps k of `ends`.
 
-    y is the stream that enters step k, U what its kept blocks add to it, the target the stream behind the gap, and D
-    what y + U lacks of it. whole: U is y + U, and y zero.
+    ends: {k: end}; U is what the last kept block of step k adds to y, the stream so far; the target is the stream
+    that enters step `end`, and D what y + U lacks of it. whole: U is y + U, and y zero.
     """
     sums, samples = {}, {}
     every, done = max(1, windows.numel() // TOKENS), 0
     for ids in windows.split(batch_size):
         stream = decoder.embed(ids)
         h, states = stream.h, {}
-        for k, step in enumerate(path[: max(end for _, end in last)]):
-            before, h = h, decoder.run(step.layer, step.kinds, h, stream)
-            if k in last.values():
-                kept = h if step.kept == step.kinds else decoder.run(step.layer, step.kept, before, stream)
-                states[k] = before, kept
-            for gap, writer in last.items():
-                if gap[1] == k + 1:
-                    y, kept = states[writer]
-                    y = torch.zeros_like(y) if whole else y
-                    parts = [x.flatten(0, 1).clone() for x in (y, kept - y, h)]
-                    mine = samples.setdefault(writer, [[], [], []])
-                    for kept_part, part in zip(mine, parts, strict=True):
-                        kept_part.append(part[::every])
-                    y, U, target = (part.double() for part in parts)
-                    weighted = U / target.square().sum(-1, keepdim=True).clamp_min(1e-12)
-                    A, B = sums.get(writer, (0, 0))
-                    sums[writer] = A + weighted.T @ U, B + weighted.T @ (target - y - U)
+        for k, step in enumerate(path[: max(ends.values())]):
+            if k in ends:
+                y = torch.zeros_like(h) if whole else decoder.run(step.layer, step.kept[:-1], h, stream)
+                states[k] = y, decoder.run(step.layer, step.kept, h, stream) - y
+            h = decoder.run(step.layer, step.kinds, h, stream)
+            for start in [start for start, end in ends.items() if end == k + 1]:
+                parts = [x.flatten(0, 1).clone() for x in (*states.pop(start), h)]
+                for kept, part in zip(samples.setdefault(start, ([], [], [])), parts, strict=True):
+                    kept.append(part[::every])
+                y, U, target = (part.double() for part in parts)
+                weighted = U / target.square().sum(-1, keepdim=True).clamp_min(1e-12)
+                A, B = sums.get(start, (0, 0))
+                sums[start] = A + weighted.T @ U, B + weighted.T @ (target - y - U)
         done += ids.numel()
         if progress:
             progress(f"{done:,} of {windows.numel():,} tokens")
