@@ -41,14 +41,8 @@ def parse_args(argv=None):
     for flag in ("model_path", "output_dir", "cal_dataset"):
         if not getattr(args, flag):
             parser.error(f"--{flag.replace('_', '-')} is missing")
-    args.self_text, args.device = None, args.device or default_device()
+    args.self_text = None
     return parser, args
-
-
-def default_device():
-    from lib.model import default_device
-
-    return default_device()
 
 
 def main(argv=None):
@@ -58,16 +52,15 @@ def main(argv=None):
 
 
 def run(parser, args):
-    from lib.decoder import Decoder
     from lib.edits import Edit
     from lib.export.write import export
     from lib.files import to_json
-    from lib.model import load_model, load_tokenizer
+    from lib.model import versions
     from lib.repair.methods import mean_loss, repair
 
     # everything that can be refused is, before a weight is read
     removed, meta, format = check(args)
-    tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
+    tokenizer = flags.open_tokenizer(args)
     n_choose = max(1, args.windows // 4)
     text = cut_text(args, {"search": meta}, read_corpora(args), tokenizer, args.windows + n_choose)
     windows = text.windows[: text.pool]
@@ -77,8 +70,7 @@ def run(parser, args):
         )
     n_choose = min(n_choose, len(windows) // 2)
     fit, choose = windows[:-n_choose], windows[-n_choose:]
-    decoder = Decoder(load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code))
-    flags.check_tokens(windows, decoder.model)
+    decoder = flags.open_decoder(args, windows)
     for line in text.lines:
         print(line)
     print(f"repair        {args.method}: fitted on {len(fit)} windows, chosen by {len(choose)}", flush=True)
@@ -128,7 +120,7 @@ def run(parser, args):
         overwrite=args.overwrite,
         trust_remote_code=args.trust_remote_code,
         meta=meta,
-        versions=flags.versions(),
+        versions=versions(),
     )
     flags.warn_of_order(args, meta, removed)
     print(f"left          {result['parameters']:,} parameters, pruning ratio {result['removed_percent']:.2f} %")
@@ -157,14 +149,17 @@ def check(args):
     from lib.export.checkpoint import Source
     from lib.export.folder import check_target
     from lib.export.write import FORMATS, choose
-    from lib.model import check_device
+    from lib.model import check_device, default_device
     from lib.repair.methods import METHODS
 
-    check_device(args.device)
+    args.device = args.device or default_device()
+    with flags.naming("--device"):
+        check_device(args.device)
     order, meta = flags.read_removals(args)
     flags.check_folder(args.output_dir, "--output-dir")
     check_target(args.output_dir, args.model_path, args.overwrite)
-    source = Source(args.model_path, stored_dtype(args, args.format), args.trust_remote_code)
+    with flags.naming("--model-path"):
+        source = Source(args.model_path, stored_dtype(args, args.format), args.trust_remote_code)
     check_seqlen(source.config, args.seqlen)
     removed = flags.check_removals(args, order, meta, source.bare)
     if not removed:

@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # no circle arises. "export/" and "report/" stand for all the rooms of these wings.
 FLOORS = {
     "ground": "blocks files hub memory families losses orders",  # orders reads and writes JSON, for every floor
-    "model": "model decoder pieces records data",
+    "model": "repeated model decoder pieces records data",
     "measuring": "evaluate trajectories engines similarity tasks measure",
     "deciding": "search refine importance candidates",
-    "changing, and writing what was changed": "edits laco repair width recover_text recover export/",
+    "changing, and writing what was changed": "edits laco repair/ width recover_text recover export/",
     "keeping": "journal ranks",
     "jobs": "job methods cells",
     "report": "report/",
