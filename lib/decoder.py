@@ -110,8 +110,17 @@ class Decoder:
             return h
         for kind in kinds:
             self.counts[kind] += len(h)
-        args, kwargs = stream.calls[i]
+        return self.step(i, kinds, h, stream.calls[i])
+
+    def step(self, i, kinds, h, call, weights=None):
+        """As `run`, under the caller's own gradient mode, with what the layer is called with besides h.
+
+        weights: {name in the layer: tensor} in place of its own.
+        """
+        args, kwargs = call
         with self._layer_masked(i, [kind for kind in KINDS if kind not in kinds]):
+            if weights:
+                return _tensor(torch.func.functional_call(self.layers[i], weights, (h, *args), kwargs))
             return _tensor(self.layers[i](h, *args, **kwargs))
 
     @contextlib.contextmanager

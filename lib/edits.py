@@ -9,6 +9,7 @@ have it, and lib.export.write.export writes it in any format that can hold it.
 """
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,8 +19,9 @@ NOTHING = MappingProxyType({})
 
 class Edit(NamedTuple):
     """removed: blocks, in the order of their removal. tensors: {name in the checkpoint: tensor, or function that loads
-    it}, of the shape of what it replaces. config: {field of the configuration: value}. about: how the edit was made,
-    as JSON has it, with its "method"; goes into an export's pruning_info.
+    it}, of the shape of what it replaces. matrices: {kept block behind removed ones: A (H, H)}, the stream h (..., H)
+    that enters it becomes h + h A; only the format hf holds them. config: {field of the configuration: value}. about:
+    how the edit was made, as JSON has it, with its "method"; goes into an export's pruning_info.
 
     Per-layer widths will be a field of their own here, since they change shapes, and few formats can hold them.
     """
@@ -27,6 +29,7 @@ class Edit(NamedTuple):
     removed: tuple = ()
     tensors: Mapping = NOTHING
     config: Mapping = NOTHING
+    matrices: Mapping = NOTHING
     about: Mapping = NOTHING
 
     def load(self, name):
@@ -51,7 +54,7 @@ def applied(decoder, edit):
 
 @contextlib.contextmanager
 def replaced(decoder, edit):
-    """Within this context the model has the edit's tensors, its removed blocks still running.
+    """Within this context the model has the edit's tensors and matrices, its removed blocks still running.
 
     Nothing is copied but these. Raises ValueError for a name that the model in memory has not, and for other shapes.
     """
@@ -63,7 +66,17 @@ def replaced(decoder, edit):
             tensor = edit.load(name)
             check_shape(name, tensor, parameter.shape)
             stack.enter_context(holding([(parameter, tensor)]))
+        for (_, i), A in edit.matrices.items():  # what is between a layer's input and the block is removed
+            hook = decoder.layers[i].register_forward_pre_hook(functools.partial(_added, A), with_kwargs=True)
+            stack.callback(hook.remove)
         yield
+
+
+def _added(A, module, args, kwargs):
+    """A hook before a layer: the stream h becomes h + h A."""
+    h = args[0] if args else kwargs["hidden_states"]
+    h = h + h @ A.to(h.device, h.dtype)
+    return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
 
 
 @contextlib.contextmanager

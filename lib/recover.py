@@ -209,8 +209,9 @@ def _near_gaps(model):
     places = {}  # Block of the dense model -> the layer, or step of a layer, that holds it here
     for layer, chain in zip(layers, sources, strict=True):
         names = chain.split(", ")
-        for step, blocks in zip([layer] if len(names) == 1 else layer.steps, names, strict=True):
-            places |= {parse_block(name): step for name in blocks.split()}
+        steps = layer.steps.values() if hasattr(layer, "steps") else [layer]
+        for step, blocks in zip(steps, names, strict=True):
+            places |= {parse_block(name): step for name in blocks.removeprefix("+").split()}
     removed = [Block(kind, b.layer) for b in map(parse_block, info["removed"]) for kind in _kinds(b)]
     for block in blocks_near_gaps(removed, places):
         for name in getattr(family, block.kind) + getattr(family, f"{block.kind}_norms"):

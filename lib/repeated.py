@@ -24,7 +24,7 @@ class Repeated:
                 known[id(tensor)] = next((old for old in before if _identical(tensor, old)), tensor)
             return known[id(tensor)]
 
-        value = _with_tensors(value, change)
+        value = with_tensors(value, change)
         self._last = [weakref.ref(tensor) for tensor in known.values()]
         return value
 
@@ -35,10 +35,10 @@ def _identical(a, b):
     return alike and torch.equal(a, b)
 
 
-def _with_tensors(value, change):
+def with_tensors(value, change):
     """Return nested lists, tuples and dicts with change(tensor) for each tensor."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: _with_tensors(item, change) for key, item in value.items()}
-    return type(value)(_with_tensors(item, change) for item in value) if type(value) in (list, tuple) else value
+        return {key: with_tensors(item, change) for key, item in value.items()}
+    return type(value)(with_tensors(item, change) for item in value) if type(value) in (list, tuple) else value

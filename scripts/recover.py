@@ -66,30 +66,16 @@ def parse_args(argv=None):
     parser.add_argument(
         "--hidden-weight", type=flags.size, default=0.0, help="weight of the last states' relative error"
     )
-    parser.add_argument(
-        "--cal-dataset", default=None, help="text: alpaca, wikitext2, ptb, c4, pydoc or files, several joined by +"
-    )
-    parser.add_argument("--text-column", help="column that holds the text, where it is not called text", default=None)
-    parser.add_argument("--data-dir", help="folder with local copies: NAME-SPLIT.jsonl or NAME.jsonl ...", default=None)
-    parser.add_argument(
-        "--cal-nsamples",
-        type=flags.count,
-        default=None,
-        help="documents drawn by --seed that the search was calibrated on: not trained on, not watched; as the export "
-        "says where absent",
-    )
+    add_text_flags(parser)
     parser.add_argument(
         "--self-text", type=flags.positive, default=None, help="documents the dense model writes itself"
     )
-    parser.add_argument("--held-out", type=flags.positive, default=8, help="windows of each text never trained on")
-    parser.add_argument("--watch", nargs="*", default=[], help="more texts whose first windows are watched, as pydoc")
     parser.add_argument(
         "--eval-every", type=flags.positive, default=None, help="steps between looks at the held-out part"
     )
     parser.add_argument(
         "--checkpoint-every", type=flags.positive, default=None, help="steps between checkpoints; as --eval-every"
     )
-    parser.add_argument("--seqlen", type=flags.positive, default=512, help="window length in tokens")
     parser.add_argument("--batch-size", type=flags.positive, default=1, help="windows per forward and process")
     parser.add_argument("--accumulate", type=flags.positive, default=1, help="forwards per step")
     parser.add_argument("--lr", type=rate, default=2e-4, help="highest learning rate; warmed up, then a cosine to 0")
@@ -111,6 +97,25 @@ def parse_args(argv=None):
     if args.cache_teacher and args.top_k is None:
         args.top_k = TOP_K
     return parser, args
+
+
+def add_text_flags(parser):
+    """The flags that read_corpora and cut_text read, but for --seed."""
+    parser.add_argument(
+        "--cal-dataset", default=None, help="text: alpaca, wikitext2, ptb, c4, pydoc or files, several joined by +"
+    )
+    parser.add_argument("--text-column", help="column that holds the text, where it is not called text", default=None)
+    parser.add_argument("--data-dir", help="folder with local copies: NAME-SPLIT.jsonl or NAME.jsonl ...", default=None)
+    parser.add_argument(
+        "--cal-nsamples",
+        type=flags.count,
+        default=None,
+        help="documents drawn by --seed that the search was calibrated on: not trained on, not watched; as the export "
+        "says where absent",
+    )
+    parser.add_argument("--held-out", type=flags.positive, default=8, help="windows of each text never trained on")
+    parser.add_argument("--watch", nargs="*", default=[], help="more texts whose first windows are watched, as pydoc")
+    parser.add_argument("--seqlen", type=flags.positive, default=512, help="window length in tokens")
 
 
 def main(argv=None):
@@ -230,9 +235,10 @@ def run(parser, args):
 
 
 class Text(NamedTuple):
-    """Training windows (N, T), watched windows by name, and what is said about both."""
+    """Training windows (N, T), of which the text has `pool` different ones; watched windows by name; what is said."""
 
     windows: object
+    pool: int
     watched: dict
     about: dict
     shared: int
@@ -372,7 +378,7 @@ def cut_text(args, info, corpora, tokenizer, n_windows):
         f"              {len(windows):,} windows of {args.seqlen} from {pool:,}; runs of 64 tokens that are in the "
         f"held-out text too: {', '.join(f'{k} {v}' for k, v in shared.items())}"
     )
-    return Text(windows, watched, about, shared, lines)
+    return Text(windows, pool, watched, about, shared, lines)
 
 
 def settings(args, recipe, processes, text):

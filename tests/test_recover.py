@@ -163,7 +163,7 @@ def test_only_the_chosen_part_changes(part, pruned, toy_folder, tmp_path):
         for k, chain in enumerate(model.config.source_blocks):
             steps = chain.split(", ")
             for j, step in enumerate(steps):
-                prefix = f"model.layers.{k}." + (f"steps.{j}." if len(steps) > 1 else "")
+                prefix = f"model.layers.{k}." + (f"steps.step{j}." if len(steps) > 1 else "")
                 for block in near & set(step.split()):
                     parts = ("self_attn.", "input_layernorm.") if block[:3] == "mha" else ("mlp.", "post_attention")
                     wanted |= {n for n in before if n.startswith(tuple(prefix + p for p in parts))}

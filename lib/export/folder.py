@@ -184,8 +184,10 @@ def card(source, info, how_to_load):
     lines += [f"# {Path(info['base_model']).stem} without {n} of its blocks", ""]
     metric, kind = search.get("metric", "ppl"), search.get("block_type", "mix")
     found = "found by BlockPruner" if (metric, kind) == ("ppl", "mix") else f"chosen by {metric}, block type {kind}"
+    repaired = info.get("edit", {}).get("perplexity", {})  # of lib.repair: {which: {text: perplexity}}
     if "edit" in info:
-        found = f"by {info['edit'].get('method', 'an edit')}, which changes weights of the others, too"
+        by = f"by {info['edit'].get('method', 'an edit')}, which changes weights of the others, too"
+        found = f"{found}, and repaired {by}" if repaired else by
     lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, {found}:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
     if "pruned_before" in info:
@@ -202,6 +204,9 @@ def card(source, info, how_to_load):
         pair = values["dense_perplexity"], values["perplexity"]
         if all(isinstance(value, (int, float)) for value in pair):  # infinities are strings
             lines += ["| perplexity ({}) | {:.4f} | {:.4f} |".format(text, *pair)]
+    for text, dense in repaired.get("dense", {}).items():
+        after, before = (repaired[which][text] for which in ("repaired", "pruned"))
+        lines += [f"| perplexity ({text}, held out) | {dense:.4f} | {after:.4f} (unrepaired {before:.4f}) |"]
     return "\n".join([*lines, "", "## Loading it", "", how_to_load.strip(), ""])
 
 

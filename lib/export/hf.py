@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from lib.export import modeling_blockpruned as modeling
-from lib.export.checkpoint import verify, write_checkpoint
+from lib.export.checkpoint import Entry, verify, write_checkpoint
 from lib.export.config import reindexed
 from lib.export.folder import in_python
 from lib.export.layers import Layer, repack
@@ -12,7 +12,7 @@ from lib.export.layers import Layer, repack
 
 def as_hf(source, removed, info):
     """A checkpoint with its own modeling file: one layer for each attention, MLPs chained to it."""
-    chains = anchored(source, removed)
+    chains = [with_matrices(chain, source.edit.matrices) for chain in anchored(source, removed)]
     family = type(source.config).__name__, type(source.bare.base_model).__name__, type(source.bare).__name__
     names = [modeling.PREFIX + name for name in family]
     config_class, _, model_class = (getattr(modeling, name) for name in names)
@@ -37,10 +37,15 @@ def as_hf(source, removed, info):
     )
     labels = {}
     for k, chain in enumerate(chains):
-        for j, layer in enumerate(chain):
-            label = str(k) if len(chain) == 1 else f"{k}.steps.step{j}"  # vLLM wants one number a name
-            labels |= dict.fromkeys(layer.blocks(), label)
+        for j, step in enumerate(chain):
+            label = str(k) if len(chain) == 1 and not isinstance(step, Mapped) else f"{k}.steps.step{j}"
+            labels |= dict.fromkeys(step.blocks(), label)  # vLLM wants one number a name
     entries = source.relabelled(labels)
+    head = next(place.head for place in map(source.place, source.names()) if place)
+    for block, A in source.edit.matrices.items():
+        weight = A.T.to("cpu", entries[0].dtype)  # as nn.Linear has it
+        name = f"{head}{labels[block]}.gap.weight"
+        entries.append(Entry(name, tuple(weight.shape), weight.dtype, lambda weight=weight: weight))
     verify(model_class, config, entries)
 
     def write(folder):
@@ -60,6 +65,25 @@ def _heads(config):
     autos = [getattr(transformers, f"AutoModelFor{task}Classification") for task in ("Sequence", "Token")]
     there = {auto.__name__: auto._model_mapping.get(type(config), None) for auto in autos}
     return {auto: modeling.PREFIX + model.__name__ for auto, model in there.items() if model}
+
+
+class Mapped(Layer):
+    """A Layer before which a matrix is applied to the stream; the configuration marks it with a plus."""
+
+    def __str__(self):
+        return f"+ {super().__str__()}"
+
+
+def with_matrices(chain, matrices):
+    """Return a chain of Layers, cut so that each block behind a matrix is the first of a Mapped one."""
+    steps = []
+    for layer in chain:
+        if layer.mha is not None and ("mlp", layer.mlp) in matrices:
+            layers = [layer._replace(mlp=None), layer._replace(mha=None)]
+        else:
+            layers = [layer]
+        steps += [Mapped(*some) if some.blocks()[0] in matrices else some for some in layers]
+    return steps
 
 
 def anchored(source, removed):

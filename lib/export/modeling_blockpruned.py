@@ -7,7 +7,8 @@ chain of such layers in which the missing half is replaced by a module that adds
 family is copied. There are as many layers as attentions, so every cache works as in the family.
 
 What the configuration says about it:
-    source_blocks   for each layer the blocks of the source that it runs: "mha4 mlp4, mlp5" is a chain of two steps
+    source_blocks   for each layer the blocks of the source that it runs: "mha4 mlp4, mlp5" is a chain of two steps;
+                    a plus before a step: the stream h becomes h + gap(h) there, a matrix for what is missing
     source_fields   the fields of the configuration that depend on the number of layers, as in the source
     block_modules   the class of the family's decoder layer, and its sub-modules by branch
 """
@@ -72,10 +73,13 @@ class _Pruned:
         layers = next(m for m in lists if type(m[0]).__name__ == kind)
         family = type(layers[0])
         for k, chain in enumerate(config.source_blocks):
-            chain = [{block[:3]: int(block[3:]) for block in step.split()} for step in chain.split(",")]
+            words = [step.split() for step in chain.split(",")]
+            chain = [{block[:3]: int(block[3:]) for block in step if block != "+"} for step in words]
             steps = [_step(family, source, step.get("mha"), step.get("mlp"), config.block_modules) for step in chain]
+            for step, blocks in zip(steps, words, strict=True):
+                step.gap = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if "+" in blocks else None
             anchor = next(i for i, step in enumerate(chain) if "mha" in step)
-            layers[k] = steps[0] if len(steps) == 1 else _chain(family, steps, anchor)
+            layers[k] = steps[0] if len(steps) == 1 and steps[0].gap is None else _chain(family, steps, anchor)
             for module in layers[k].modules():
                 if getattr(module, "layer_idx", None) is not None:
                     module.layer_idx = k  # where the cache keeps this attention's keys and values
@@ -148,6 +152,8 @@ def _chain(family, steps, anchor):
 def _run_chain(self, hidden_states, *args, **kwargs):
     rest = None
     for i, step in enumerate(self.steps.values()):
+        if step.gap is not None:
+            hidden_states = hidden_states + step.gap(hidden_states)
         output = step(hidden_states, *args, **kwargs)
         hidden_states = output[0] if isinstance(output, tuple) else output
         if i == self.anchor and isinstance(output, tuple):

@@ -71,6 +71,8 @@ def export(
     source, removed = Source(path, compute_dtype, trust_remote_code, edit), edit.removed
     check_order(removed, source.n_layers, "the order")
     format = choose(source, removed) if format == "auto" else format
+    if edit.matrices and format != "hf":
+        raise ValueError(f"format {format}: holds no matrices on the stream, which this edit adds; use format hf")
     if format == "gguf" and source.gguf and compute_dtype:
         raise ValueError(
             f"compute dtype {compute_dtype}: format gguf copies a .gguf file's weights as they are; ask for none"
@@ -106,6 +108,8 @@ def export(
 def choose(source, removed):
     """Return the format of "auto": "stock" where the model can have it, else "hf"; raise ValueError for neither."""
     try:
+        if source.edit.matrices:
+            raise ValueError("only hf holds them")
         stock_config(source, removed)
     except ValueError:
         anchored(source, removed)

@@ -1,0 +1,95 @@
+"""One number for each gap: the stream is multiplied by what the missing blocks would have made it grow.
+
+After Prune&Comp (arXiv 2507.18212), with the mean over tokens of RMS(after) / RMS(before) in the place of its mean over
+channels. Every norm that reads the stream cancels its size, so multiplying the stream at a gap is the same as dividing
+everything that is added to it later: that is how the factor goes into weights, with tied embeddings, biases, learned
+positions and any format left as they are, and at no cost.
+"""
+
+import functools
+
+import torch
+
+from lib.edits import Edit
+from lib.repair.gaps import find_writers, gaps_of, scaled, steps_of
+
+POWERS = (1.0, 0.5)  # of the measured factors
+
+
+def scale(decoder, removed, fit, choose, batch_size=8, progress=None):
+    """Yield (strength, Edit): factors measured on the windows `fit` (N, T), two ways and with several powers.
+
+    "grown": RMS after / before a gap on the dense model's streams, as published. "matched": what brings the stream that
+    is pruned, and scaled so far, to the dense one's RMS behind each gap; the blocks between gaps restore some of its
+    size, which the first way counts twice. choose: not looked at. progress(words) after each batch. Raises ValueError
+    for a family whose stream is not free in size, and where a factor is not finite.
+    """
+    path = steps_of(decoder, removed)
+    gaps = gaps_of(path)
+    measured = growth(decoder, path, gaps, fit, batch_size, progress)
+    later = [block for step in path[gaps[0][1] :] for block in step.blocks]
+    writers = find_writers(decoder, later, fit[:1])
+    for way, factors in measured.items():
+        for power in POWERS:
+            used = [factor**power for factor in factors]
+            edit = Edit(tuple(removed), divided(decoder, path, gaps, used, writers))
+            yield {"factors": way, "power": power, "values": [round(f, 4) for f in used]}, edit
+
+
+def growth(decoder, path, gaps, windows, batch_size=8, progress=None):
+    """Return {"grown": [factor of each gap], "matched": ...}, means over tokens as `scale` says.
+
+    The second one's factors are those of the batches so far: the first batch sets them, and each corrects them.
+    Raises ValueError where one is not a positive number.
+    """
+    grown, matched = torch.zeros(2, len(gaps), dtype=torch.float64)
+    starts, ends = ({gap[side]: g for g, gap in enumerate(gaps)} for side in (0, 1))
+    done = 0
+    for ids in windows.split(batch_size):
+        stream = decoder.embed(ids)
+        dense = pruned = before = stream.h
+        for k, step in enumerate(path[: gaps[-1][1]]):
+            if k in starts:
+                before = decoder.run(step.layer, step.kept, dense, stream)
+            dense = decoder.run(step.layer, step.kinds, dense, stream)
+            pruned = decoder.run(step.layer, step.kept, pruned, stream)
+            if k + 1 in ends:
+                g = ends[k + 1]
+                grown[g] += (_size(dense) / _size(before)).sum().cpu()
+                matched[g] += (_size(dense) / _size(pruned)).sum().cpu()
+                pruned = pruned * (matched[g] / (done + ids.numel())).to(pruned.dtype)
+        done += ids.numel()
+        if progress:
+            progress(f"{done:,} of {windows.numel():,} tokens")
+    found = {"grown": (grown / done).tolist(), "matched": (matched / done).tolist()}
+    for factors in found.values():
+        for (start, _), factor in zip(gaps, factors, strict=True):
+            if not 0 < factor < float("inf"):
+                raise ValueError(
+                    f"scale: the stream at layer {path[start].layer} grows by {factor}: the model's states are not "
+                    "finite; try fp32"
+                )
+    return found
+
+
+def divided(decoder, path, gaps, factors, writers):
+    """Return {name: function that loads the tensor}: writers divided by the factors of all gaps before them."""
+    at = {end: factor for (_, end), factor in zip(gaps, factors, strict=True)}
+    parameters = {name: p.data for name, p in decoder.model.named_parameters()}
+    total, tensors = 1.0, {}
+    for k, step in enumerate(path):
+        total *= at.get(k, 1.0)
+        for block in step.blocks if total != 1.0 else ():
+            writer = writers[block]
+            mine = {name: parameters[name] for name in (*writer.names, *writer.readers)}
+            tensors |= {name: functools.partial(_load, mine, writer, 1 / total, name) for name in mine}
+    return tensors
+
+
+def _load(parameters, writer, factor, name):
+    return scaled(parameters, writer, factor)[name]
+
+
+def _size(h):
+    """Return the RMS of each token's state (B, T), float64."""
+    return h.double().square().mean(-1).sqrt()
