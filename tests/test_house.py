@@ -201,7 +201,11 @@ def test_no_script_imports_another_command():
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_help_comes_at_once(script):
-    names_a_table = script in ("block_search.py", "scripts/compare.py")  # whose functions need torch
+    names_a_table = script in (
+        "block_search.py",
+        "scripts/compare.py",
+        "scripts/repair.py",
+    )  # whose functions need torch
     code = (
         "import runpy, sys\n"
         "sys.argv = [sys.argv[1], '--help']\n"
