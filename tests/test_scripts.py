@@ -340,17 +340,25 @@ def test_tests_are_run_with_the_flags_given(checkout):
     assert run("test.sh", FAIL="pytest")[0] == 3
 
 
-def test_quick_start_evaluates_the_order_it_searched_on_other_text(checkout):
+def test_quick_start_prunes_recovers_and_evaluates_on_other_text(checkout):
+    from scripts import export, generate, recover
+
     root, run = checkout
     code, _, commands = run("quickstart.sh", "--overwrite")
     assert code == 0
-    _, s = block_search.parse_args(commands[-3][1:])
-    _, e = evaluation.parse_args(commands[-2][1:])
-    assert commands[-1][:4] == ["-m", "scripts.report", e.ppl_search_file, e.output_path]
-    assert s.model_path == e.model_path and (root / s.model_path).is_file(), "setup.sh links it"
-    assert s.overwrite
-    assert s.del_block_num == e.del_block_num > 0
-    assert e.ppl_search_file == str(order_path(s.ppl_search_path, s.model_path, "mix", "pydoc", s.cal_nsamples))
-    assert s.cal_dataset == e.cal_dataset == "pydoc"
+    ours = [c for c in commands if c[0].endswith((".py", "-m")) and c[:2] != ["-m", "pip"]][-6:]
+    _, s = block_search.parse_args(ours[0][1:])
+    _, x = export.parse_args(ours[1][2:])
+    _, r = recover.parse_args(ours[2][2:])
+    _, e = evaluation.parse_args(ours[3][1:])
+    _, g = generate.parse_args(ours[5][2:])
+    assert [c[1] for c in ours[1:3]] == ["scripts.export", "scripts.recover"]
+    assert ours[4][:4] == ["-m", "scripts.report", e.ppl_search_file, e.output_path]
+    assert s.model_path == x.model_path == r.teacher == e.model_path == g.models[0]
+    assert (root / s.model_path).is_file(), "setup.sh links it"
+    assert s.overwrite and s.target_ratio == x.target_ratio == e.target_ratio == 0.2
+    wanted = str(order_path(s.ppl_search_path, s.model_path, "layer", "pydoc", s.cal_nsamples))
+    assert x.ppl_search_file == e.ppl_search_file == wanted
+    assert g.models[1:] == [r.export, r.output_dir] == [x.output_dir, r.output_dir]
+    assert s.cal_dataset == e.cal_dataset == r.cal_dataset == "pydoc"
     assert s.cal_split is None and e.cal_split is None  # their defaults are the two halves
-    assert e.limit == {}
