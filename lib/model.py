@@ -174,11 +174,13 @@ def _stored_names(path):
     from transformers.utils import cached_file
 
     where, _ = locate(path)
-    index = cached_file(where, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index:
-        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    single = Path(where, "model.safetensors")
-    return list(safe_open(single, "pt").keys()) if single.is_file() else None
+    single, known = Path(where, "model.safetensors"), ("missing_entries", "connection_errors", "gated_repo")
+    with readable(path, "weights"):
+        if single.is_file():
+            return list(safe_open(single, "pt").keys())
+        quietly = {f"_raise_exceptions_for_{reason}": False for reason in known}
+        index = cached_file(where, "model.safetensors.index.json", **quietly)
+        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]) if index else None
 
 
 def _read_config(path, trust_remote_code):
