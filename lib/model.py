@@ -282,8 +282,10 @@ def _read_the_rest(path, config):
             there = AutoModelForCausalLM.from_config(config).state_dict()
         which = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
         names = gguf.get_tensor_name_map(which, fields.get(f"{arch}.block_count", 0))
+        experts = any("experts." in name and name.endswith("_bias") for name in there)  # in one tensor, of any name
         there = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in there}
-        if unread := sorted(name for name in tensors if name.endswith(".bias") and name not in there):
+        unread = sorted(name for name in tensors if name.endswith(".bias") and name not in there)
+        if unread := [name for name in unread if not (experts and "_exps." in name)]:
             raise ValueError(
                 f"{path}: {unread[0]} and {len(unread) - 1} more biases have no place in the model built from "
                 "it; give the model's folder"

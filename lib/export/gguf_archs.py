@@ -44,7 +44,13 @@ ARCHS = {
         "gemma3", GELU, (*_NORMED, "post_attention_norm"), (*_MLP, "post_ffw_norm"), period=6, shift=1, large=62
     ),
 }
-BY_NAME = {arch.name: arch for arch in ARCHS.values()}
+GPT_OSS = Arch(  # from its own files only, in which experts are packed already
+    "gpt-oss",
+    mha=(*_MHA, "attn_sinks"),
+    mlp=("post_attention_norm", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+    period=2,
+)
+BY_NAME = {arch.name: arch for arch in (*ARCHS.values(), GPT_OSS)}
 DECI = ("llama", "qwen2")  # whose blocks llama.cpp's "deci", where layers may lack one, runs too
 
 
