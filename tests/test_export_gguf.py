@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lib.blocks import Block
 from lib.decoder import Decoder
+from lib.edits import Edit
 from lib.export.checkpoint import Source
 from lib.export.gguf import prune, read_gguf, read_info, save_gguf
 from lib.export.write import export
@@ -184,6 +185,31 @@ def test_llama_cpp_agrees_where_a_family_has_an_architecture_of_its_own(folder, 
     dense = written(source, tmp_path / "dense", "")
     save_gguf(tmp_path / "pruned.gguf", prune(read_gguf(dense), blocks(removed)))
     assert_same(tmp_path / "pruned.gguf", source, removed, within)
+
+
+@pytest.mark.parametrize("removed", ("", "mha0 mlp0"))
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "gemma"])  # transformers converts no Gemma 1
+def test_a_file_is_read_back_as_the_model_that_it_was(folder, tmp_path, name, removed):
+    """By transformers, which leaves windows, local rotations and sizes of heads of most architectures to defaults."""
+    source = folder(WHOLE[name][0], **WHOLE[name][1])
+    again = expected(written(source, tmp_path / "out", removed), "")
+    assert (again - expected(source, removed)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ("qwen3", "gemma3"))
+def test_an_edit_of_a_file_is_the_edit_of_its_checkpoint(folder, tmp_path, name):
+    """Its tensors have transformers' names and values, of norms too, where Gemma's files hold one more."""
+    source = folder(WHOLE[name][0], **WHOLE[name][1])
+    new = {"model.layers.1.input_layernorm.weight": torch.randn(64), "model.norm.weight": torch.randn(64)}
+    new["model.layers.2.mlp.down_proj.weight"] = torch.randn(64, 48)
+    edit = Edit(tuple(blocks("mha0 mlp0")), new)
+    export(source, edit, tmp_path / "a", "gguf")
+    export(written(source, tmp_path / "dense", ""), edit, tmp_path / "b", "gguf")
+    one, other = (tensors(tmp_path / x / "model.gguf") for x in "ab")
+    assert one.keys() == other.keys() and all(np.array_equal(one[key].data, other[key].data) for key in one)
+    assert np.allclose(
+        one["blk.0.attn_norm.weight"].data, new["model.layers.1.input_layernorm.weight"] + (name == "gemma3")
+    )
 
 
 def write_gpt_oss(path, folder):
