@@ -20,6 +20,7 @@ from textwrap import shorten
 
 import torch
 
+from lib.gguf_archs import BY_NAME, slides
 from lib.hub import locate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -174,11 +175,13 @@ def _stored_names(path):
     from transformers.utils import cached_file
 
     where, _ = locate(path)
-    index = cached_file(where, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index:
-        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    single = Path(where, "model.safetensors")
-    return list(safe_open(single, "pt").keys()) if single.is_file() else None
+    single, known = Path(where, "model.safetensors"), ("missing_entries", "connection_errors", "gated_repo")
+    with readable(path, "weights"):
+        if single.is_file():
+            return list(safe_open(single, "pt").keys())
+        quietly = {f"_raise_exceptions_for_{reason}": False for reason in known}
+        index = cached_file(where, "model.safetensors.index.json", **quietly)
+        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]) if index else None
 
 
 def _read_config(path, trust_remote_code):
@@ -241,9 +244,10 @@ def parsed_once():
 def _read_the_rest(path, config):
     """Put into a .gguf file's configuration what transformers leaves out of it; raise ValueError where it cannot.
 
-    These are rotations that are slowed down: by fields `rope.scaling`, or by a tensor `rope_freqs`, one factor for each
-    pair of dimensions, in which llama.cpp's converter keeps the scaling of Llama 3.1 and later. And biases, which are
-    weights of the file that the model built from this configuration has no place for.
+    That is: what llama.cpp's code of an architecture takes for granted, such as which layers slide; rotations that are
+    slowed down by fields `rope.scaling`, or by a tensor `rope_freqs`, one factor for each pair of dimensions, in which
+    llama.cpp's converter keeps the scaling of Llama 3.1 and later; and biases, which are weights of the file that the
+    model built from this configuration has no place for.
     """
     import gguf
     from transformers import AutoModelForCausalLM
@@ -256,11 +260,15 @@ def _read_the_rest(path, config):
         raise ValueError(
             f"{path}: one of {fields['split.count']} parts; join them with llama-gguf-split --merge and give the whole"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
+    if arch in BY_NAME:
+        _read_arch(BY_NAME[arch], fields, config)
+    every = getattr(config, "rope_parameters", None) or {}
+    rope = every.get("full_attention", every)  # Gemma 3's local rotations are never scaled
     scaling = {key: fields[key] for key in fields if key.startswith(f"{arch}.rope.scaling.")}
     kind, factor = (scaling.get(f"{arch}.rope.scaling.{name}") for name in ("type", "factor"))
     if kind == "linear" and rope.get("rope_type") == "default":
-        config.rope_parameters = rope = rope | {"rope_type": "linear", "factor": factor}
+        rope = rope | {"rope_type": "linear", "factor": factor}
+        config.rope_parameters = every | {"full_attention": rope} if "full_attention" in every else rope
     if scaling and kind != "none" and rope.get("rope_type") != kind:
         raise ValueError(
             f"{path}: rotations that are scaled as {', '.join(scaling)} say are not read; give the model's folder"
@@ -280,12 +288,37 @@ def _read_the_rest(path, config):
             there = AutoModelForCausalLM.from_config(config).state_dict()
         which = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
         names = gguf.get_tensor_name_map(which, fields.get(f"{arch}.block_count", 0))
+        experts = any("experts." in name and name.endswith("_bias") for name in there)  # in one tensor, of any name
         there = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in there}
-        if unread := sorted(name for name in tensors if name.endswith(".bias") and name not in there):
+        unread = sorted(name for name in tensors if name.endswith(".bias") and name not in there)
+        if unread := [name for name in unread if not (experts and "_exps." in name)]:
             raise ValueError(
                 f"{path}: {unread[0]} and {len(unread) - 1} more biases have no place in the model built from "
                 "it; give the model's folder"
             )
+
+
+def _read_arch(row, fields, config):
+    """Put into a .gguf file's configuration what llama.cpp's code of an architecture does, and fields of its own."""
+
+    def get(key, default=None):
+        return fields.get(f"{row.name}.{key}", default)
+
+    heads, size = config.num_attention_heads, get("attention.key_length")
+    if size and hasattr(config, "head_dim"):
+        config.head_dim = size
+    if row.period:
+        n, window = config.num_hidden_layers, get("attention.sliding_window", row.window)
+        sliding = slides(row, get("attention.sliding_window_pattern", row.period), n) if window else [False] * n
+        config.layer_types = ["sliding_attention" if slide else "full_attention" for slide in sliding]
+        config.sliding_window = window or config.sliding_window
+    if row.large:
+        large = config.num_hidden_layers == row.large
+        config.query_pre_attn_scalar = config.hidden_size // heads if large else config.head_dim
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            setattr(config, name, get(name, getattr(config, name)))
+    if "sliding_attention" in (getattr(config, "rope_parameters", None) or {}):
+        config.rope_parameters["sliding_attention"]["rope_theta"] = get("rope.freq_base_swa", 10000.0)
 
 
 def llama3_factors(config):

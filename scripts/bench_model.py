@@ -211,6 +211,7 @@ def first_of(args):
         model_flag="MODEL",
         ppl_search_file=args.ppl_search_file,
         target_ratio=None,
+        remove=None,
         del_block_num=max(args.del_block_num),
     )
 

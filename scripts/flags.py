@@ -61,6 +61,7 @@ def add_removal_flags(parser, required=False):
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--del-block-num", type=count, default=None, help="removals to replay")
     add_ratio_flag(group, fraction, "fewest removals that take this share of the parameters, from 0 to 1")
+    group.add_argument("--remove", metavar="BLOCKS", help="these blocks, without an order: mha5,mlp7,layer21-28")
 
 
 def add_ratio_flag(group, kind, about):
@@ -179,6 +180,10 @@ def read_removals(args):
     """Return (order, meta) of --ppl-search-file; raise ValueError where it does not hold what is asked of it."""
     from lib.orders import read_order
 
+    if args.remove is not None:
+        if args.ppl_search_file:
+            raise ValueError(f"--remove {args.remove}: names the blocks itself; leave out --ppl-search-file")
+        return [], {"metric": "list"}
     if not args.ppl_search_file:
         for flag, value in (("--del-block-num", args.del_block_num), ("--target-ratio", args.target_ratio)):
             if value:
@@ -200,16 +205,20 @@ def read_removals(args):
 
 def check_removals(args, order, meta, bare):
     """Return the removals to replay on the model `bare`, weights not needed; raise ValueError for another model's."""
+    from lib.blocks import parse_blocks
     from lib.candidates import enough
     from lib.decoder import block_parameters, find_layers
     from lib.model import check_whole, parameter_count
     from lib.orders import check_order
 
     layers = find_layers(bare)
-    if not args.ppl_search_file:
+    if not args.ppl_search_file and args.remove is None:
         return []
     with naming(getattr(args, "model_flag", "--model-path")):
         check_whole(bare.config, args.model_path)
+    if args.remove is not None:
+        with naming("--remove"):
+            return parse_blocks(args.remove, len(layers))
     check_order(order, len(layers), args.ppl_search_file, meta)
     size, number = 2 if meta.get("block_type") == "layer" else 1, args.del_block_num or 0
     if args.target_ratio is not None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room of lib/ once, lowest floor first. A room may import rooms of lower floors, and of its own floor as long as
 # no circle arises. "export/" and "report/" stand for all the rooms of these wings.
 FLOORS = {
-    "ground": "blocks files hub memory families losses records orders",  # orders reads and writes JSON, for every floor
+    # orders reads and writes JSON, for every floor
+    "ground": "blocks files hub memory families gguf_archs losses records orders",
     "model": "model decoder repeated pieces data",
     "measuring": "evaluate trajectories engines similarity tasks measure",
     "deciding": "search refine importance candidates",
@@ -23,7 +24,9 @@ FLOORS = {
     "jobs": "job methods cells",
     "report": "report/",
 }
-WITHOUT_TORCH = "blocks files hub families orders report/"  # of the ground, memory and losses work on tensors
+WITHOUT_TORCH = (
+    "blocks files hub families gguf_archs orders report/"  # of the ground, memory and losses work on tensors
+)
 SHIPPED = "export/modeling_blockpruned"  # copied into exports, where there is no lib
 
 # Strings of lib/ that are flags of other programs: the room, and what surrounds them.

@@ -185,6 +185,8 @@ def card(source, info, how_to_load):
     metric, kind = search.get("metric", "ppl"), search.get("block_type", "mix")
     found = "found by BlockPruner" if (metric, kind) == ("ppl", "mix") else f"chosen by {metric}, block type {kind}"
     repaired = info.get("edit", {}).get("perplexity", {})  # of lib.repair: {which: {text: perplexity}}
+    if metric == "list":
+        found = "named one by one"
     if "edit" in info:
         by = f"by {info['edit'].get('method', 'an edit')}, which changes weights of the others, too"
         found = f"{found}, and repaired {by}" if repaired else by

@@ -1,6 +1,6 @@
 """Write a pruned model as a GGUF file for llama.cpp, from a checkpoint or straight from a .gguf file.
 
-Where the kept blocks repack into whole layers the file has the family's own architecture (lib.export.gguf_archs).
+Where the kept blocks repack into whole layers the file has the family's own architecture (lib.gguf_archs).
 Else it is "deci" (Nemotron-NAS), whose layers may lack attention or MLP, and which runs the blocks of Llama and Qwen2.
 From a .gguf file the tensors are copied byte for byte, quantised ones too; nothing is dequantised.
 
@@ -23,9 +23,9 @@ import torch
 from lib.edits import check_shape
 from lib.export.checkpoint import check_space, verify
 from lib.export.decilm import check_attention, check_family, head_size, most_tokens, rotation, window_note
-from lib.export.gguf_archs import ARCHS, BY_NAME, DECI, slides, window_fields
 from lib.export.gguf_vocab import vocabulary
 from lib.export.layers import places, repack
+from lib.gguf_archs import ARCHS, BY_NAME, DECI, slides, window_fields
 from lib.model import gguf_reader, llama3_factors, load_tokenizer, readable
 
 IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
