@@ -288,6 +288,22 @@ def test_a_repair_that_harms_is_refused_unless_forced(run, tmp_path, monkeypatch
     assert run(force=True).code == 0
 
 
+def test_eval_repairs_and_exports_what_it_measured(evaluate, toy_folder, tmp_path, run):
+    run(output_dir=tmp_path / "elsewhere")  # writes own.txt and order.json first
+    given = dict(model_path=toy_folder(num_hidden_layers=4), ppl_search_file=tmp_path / "order.json", del_block_num=2)
+    given |= dict(repair="scale", repair_dataset=tmp_path / "own.txt")
+    plain = evaluate(**{**given, "repair": None}).result
+    done = evaluate(**given, export_path=tmp_path / "out")
+    assert done.code == 0 and done.result["repair"]["method"] == "scale", done
+    assert done.result["dense_perplexity"] == plain["dense_perplexity"]
+    assert done.result["perplexity"] != pytest.approx(plain["perplexity"], rel=1e-3)
+    again = evaluate(model_path=tmp_path / "out", trust_remote_code=True).result
+    assert again["dense_perplexity"] == pytest.approx(done.result["perplexity"], rel=1e-5)
+    assert_refused(evaluate(**given, cal_dataset=tmp_path / "own.txt"), "--repair-dataset", "is measured on, too")
+    assert_refused(evaluate(**{**given, "repair": "glue"}), "--repair glue: no such method", "scale, reconstruct")
+    assert_refused(evaluate(**{**given, "del_block_num": 0}), "--repair scale: nothing is removed")
+
+
 def test_bad_input_is_one_line(run, toy_folder, damaged, tmp_path):
     def refused(*says, **changes):
         before = tree(tmp_path)
