@@ -8,7 +8,12 @@ the paper's own scripts; without an order, or with --del-block-num 0, the dense 
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json
 """
 
+import argparse
+import contextlib
+
 from scripts import flags
+
+FIT_WINDOWS = 80  # of --repair
 
 
 def parse_args(argv=None):
@@ -17,6 +22,8 @@ def parse_args(argv=None):
     flags.add_removal_flags(parser)
     flags.add_text_flags(parser, dataset="wikitext2", batch_size=2)
     parser.add_argument("--cal-nsamples", type=flags.positive, default=None, help="documents to draw; all when absent")
+    parser.add_argument("--repair", default=None, metavar="METHOD", help="of scripts.repair: repair what is left first")
+    parser.add_argument("--repair-dataset", default="alpaca", help="text that --repair is fitted on, not measured on")
     parser.add_argument("--do-eval", action="store_true", help="also run the zero-shot tasks (lm-eval)")
     parser.add_argument(
         "--tasks",
@@ -48,10 +55,11 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     with parser.user_errors():  # everything that can fail fails before weights are read
-        removed, meta, text, tokenizer, decoder = open_eval(args)
+        removed, meta, text, fit, tokenizer, decoder = open_eval(args)
     flags.warn_of_order(args, meta, removed)
     flags.print_opened(args, text, decoder, title="text")
 
+    from lib.edits import Edit, replaced
     from lib.files import to_json, write_json
     from lib.measure import weight_bytes
     from lib.model import parameter_count
@@ -59,10 +67,15 @@ def main(argv=None):
 
     model = decoder.model
     sizes, dense = [(parameter_count(model), weight_bytes(model))], measure(parser, args, text, decoder)
+    edit, held = Edit(tuple(removed)), contextlib.ExitStack()
+    if args.repair:
+        edit = repaired(parser, args, decoder, removed, fit)
+        removed = list(edit.removed)
+        held.enter_context(replaced(decoder, edit))  # to the end of the program, as what is removed is gone
     decoder.remove(removed)
     sizes.append((parameter_count(model), weight_bytes(model)))
     pruned = measure(parser, args, text, decoder) if removed else dense
-    result = describe(args, text, removed, sizes, dense, pruned)
+    result = describe(args, text, removed, sizes, dense, pruned) | ({"repair": edit.about} if args.repair else {})
     print_measured(result, sizes)
 
     def save():
@@ -86,7 +99,7 @@ def main(argv=None):
     print()
     print_table(result)
     if args.export_path:  # last: what is measured is not lost where it fails
-        failed = write_export(args, removed, meta, result)
+        failed = write_export(args, edit, meta, result)
         save()
     print(to_json(result))
     if args.export_path and failed:
@@ -94,7 +107,8 @@ def main(argv=None):
 
 
 def open_eval(args):
-    """Return (removals, meta of the order, Text, tokenizer, Decoder); raise ValueError for whatever cannot work."""
+    """Return (removals, meta of the order, Text, windows to fit a repair on, tokenizer, Decoder); raise ValueError for
+    whatever cannot work."""
     from lib.decoder import block_parameters, find_layers
     from lib.export.checkpoint import Source, check_space
     from lib.export.folder import check_target
@@ -118,7 +132,37 @@ def open_eval(args):
         check_space(args.export_path, left * DTYPES[args.compute_dtype].itemsize)
     tokenizer = flags.open_tokenizer(args)
     text = flags.open_text(args, tokenizer, bare, held_out=True, limit=args.limit.get(None))
-    return removed, meta, text, tokenizer, flags.open_decoder(args, text.windows)
+    fit = open_fit(args, removed, tokenizer, bare, text) if args.repair else None
+    return removed, meta, text, fit, tokenizer, flags.open_decoder(args, text.windows)
+
+
+def open_fit(args, removed, tokenizer, bare, text):
+    """Return the windows (N, T) that --repair is fitted on; raise ValueError where it cannot be, or the text is one."""
+    from lib.repair.methods import METHODS
+
+    if args.repair not in METHODS:
+        raise ValueError(f"--repair {args.repair}: no such method; use {', '.join(METHODS)}")
+    if not removed:
+        raise ValueError(f"--repair {args.repair}: nothing is removed, so there is nothing to repair")
+    given = {"cal_dataset": args.repair_dataset, "cal_split": None, "cal_nsamples": None}
+    fit = flags.open_text(argparse.Namespace(**vars(args) | given), tokenizer, bare, limit=FIT_WINDOWS)
+    sources = [about["source"].split("+") for about in (fit.about, text.about)]  # of mixes
+    if set(sources[0]) & set(sources[1]) and fit.about["split"] == text.about["split"]:
+        raise ValueError(f"--repair-dataset {args.repair_dataset}: is measured on, too; give another text")
+    if len(fit.windows) < 2:
+        raise ValueError(f"--repair-dataset {args.repair_dataset}: one window, and a second has to choose; give more")
+    return fit.windows
+
+
+def repaired(parser, args, decoder, removed, fit):
+    """Return the Edit of --repair; a fifth of the windows `fit` chooses how strong it is."""
+    from lib.repair.methods import repair
+
+    n = max(1, len(fit) // 5)
+    with parser.user_errors(), parser.full_gpu("take a smaller --ppl-eval-batch-size"):
+        found = repair(decoder, removed, args.repair, fit[:-n], fit[-n:], args.ppl_eval_batch_size)
+    print(f"repair        {args.repair}: fitted on {len(fit) - n} windows of {args.repair_dataset}, chosen by {n}")
+    return found.edit
 
 
 def measure(parser, args, text, decoder):
@@ -167,7 +211,7 @@ def print_measured(result, sizes):
     print(f"perplexity    {result['dense_perplexity']:.4f} -> {result['perplexity']:.4f}")
 
 
-def write_export(args, removed, meta, result):
+def write_export(args, edit, meta, result):
     """Write --export-path and put what was written into the result; return the error where that fails, else None."""
     from lib.export.write import export
 
@@ -175,7 +219,7 @@ def write_export(args, removed, meta, result):
     try:
         result["export"] = export(
             args.model_path,
-            removed,
+            edit,
             args.export_path,
             compute_dtype=args.compute_dtype,
             meta=meta,
