@@ -8,6 +8,7 @@ blocks,channels one search spends the budget on whole attentions, whole MLPs and
         --units blocks,channels --align 256 --output-dir Llama-2-7b-mixed
 """
 
+import argparse
 import sys
 import time
 
@@ -46,7 +47,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--search-windows", type=flags.positive, default=None, help="windows that greedy scores; all when absent"
     )
-    flags.add_removal_flags(parser)
+    parser.add_argument("--ppl-search-file", default=None, help="order whose first blocks go as well, and count")
+    parser.add_argument("--del-block-num", type=flags.count, default=None, help="removals of the order to replay")
     parser.add_argument("--cal-nsamples", type=flags.positive, default=64, help="documents to draw (not windows)")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=8)
     parser.add_argument("--dry-run", action="store_true", help="print the widths, write nothing")
@@ -66,33 +68,27 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib import allocation
-    from lib.decoder import Decoder
     from lib.edits import applied
     from lib.evaluate import perplexity, window_losses
     from lib.export.write import export
     from lib.files import to_json
-    from lib.model import default_device, load_model, load_tokenizer
+    from lib.model import parameter_count, versions
     from lib.width import narrow
 
-    args.device = args.device or default_device()
     with parser.user_errors():  # everything that can fail fails before weights are read
-        removed = check(args)
-        tokenizer = load_tokenizer(args.model_path, args.trust_remote_code)
-        corpus, _, windows = flags.read_windows(args, tokenizer)
+        if args.output_dir:
+            flags.check_folder(args.output_dir, "--output-dir")
+        bare = flags.open_bare(args)
+        removed = check(args, bare)
+        text = flags.open_text(args, flags.open_tokenizer(args), bare)
+        windows = text.windows
         if (args.search_windows or 0) > len(windows):
-            raise ValueError(
-                f"--search-windows {args.search_windows}: the text has {len(windows)}; use 1..{len(windows)}"
-            )
-        model = load_model(args.model_path, args.compute_dtype, args.device, args.trust_remote_code)
-        flags.check_tokens(windows, model)
-        decoder = Decoder(model)
+            n = len(windows)
+            raise ValueError(f"--search-windows {args.search_windows}: the text has {n}; use 1..{n}")
+        decoder = flags.open_decoder(args, windows)
         plan = make_plan(args, decoder, removed, windows)
-    total, L = sum(p.numel() for p in model.parameters()), decoder.n_layers
-    print(f"model         {args.model_path}: {total:,} parameters, {L} layers, {args.device}, {args.compute_dtype}")
-    print(
-        f"calibration   {args.cal_nsamples} documents of {corpus.source} ({corpus.split or 'whole file'}), "
-        f"{len(windows)} windows of {args.ppl_eval_seqlen} = {windows.numel():,} tokens"
-    )
+    flags.print_opened(args, text, decoder)
+    total = parameter_count(decoder.model)
     widest = max(part.n for part in plan.parts.values())
     if windows.numel() < widest:
         print(
@@ -120,12 +116,8 @@ def main(argv=None):
             "units": args.units,
             "target_ratio": args.target_ratio,
             "dataset": args.cal_dataset,
-            "source": corpus.source,
-            "split": corpus.split,
             "seed": args.seed,
-            "documents": args.cal_nsamples,
-            "windows": len(windows),
-            "seqlen": args.ppl_eval_seqlen,
+            **{key: text.about[key] for key in ("source", "split", "documents", "windows", "seqlen")},
             "dtype": args.compute_dtype,
             "device": args.device,
             "steps": [*found.steps],
@@ -152,7 +144,7 @@ def main(argv=None):
             stored_dtype(args),
             overwrite=args.overwrite,
             trust_remote_code=args.trust_remote_code,
-            versions=flags.versions(),
+            versions=versions(),
             evaluated={"dataset": args.cal_dataset, "dense_perplexity": dense, "perplexity": after},
         )
     print(f"perplexity    {dense:.4f} -> {after:.4f} on the calibration text")
@@ -183,7 +175,7 @@ def main(argv=None):
     )
 
 
-def check(args):
+def check(args, bare):
     """Return the blocks that go before; raise ValueError for what flags, files and configuration already tell."""
     from lib.allocation import check_budget
     from lib.blocks import Block
@@ -194,15 +186,14 @@ def check(args):
     from lib.model import parameter_count
     from lib.parts import find_part
 
-    order, meta = flags.read_removals(args)
+    replay = argparse.Namespace(**{**vars(args), "target_ratio": None})  # here it is the share of all that goes
+    order, meta = flags.read_removals(replay)
     if args.output_dir:
-        flags.check_folder(args.output_dir, "--output-dir")
         check_target(args.output_dir, args.model_path, args.overwrite)
     if args.format == "zeroed":
         raise ValueError("--format zeroed: holds the model's own sizes; use stock, hf, decilm or gguf")
-    bare = flags.check_search(args)
     layers, total = find_layers(bare), parameter_count(bare)
-    removed = flags.check_removals(args, order, meta, bare)
+    removed = flags.check_removals(replay, order, meta, bare)
     row = FAMILIES[type(layers[0]).__name__]
     there = [Block(kind, i) for kind in kinds_of(args) for i in range(len(layers)) if (kind, i) not in set(removed)]
     parts = {block: find_part(layers[block.layer], block.kind, row) for block in there}
