@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lib.blocks import Block
-from lib.importance import check_weights
+from lib.importance import require_weights
 
 # the projection that reads the units, and those that write them; one that writes gate and up has twice the rows
 MLP = (
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 def find_parts(decoder, removed=(), kinds=("mlp",)):
     """Return {Block: Part} of the branches still there; raise ValueError, with the class, where none has units."""
     there = [Block(k, i) for k in kinds for i in range(decoder.n_layers) if k in decoder.kinds(i, removed)]
-    check_weights(decoder, there, "width", inside=True)
+    require_weights(decoder, there, "width", inside=True)
     return {block: find_part(decoder.layers[block.layer], block.kind, decoder.family) for block in there}
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from lib.blocks import KINDS, Block
 from lib.edits import Edit, replaced
-from lib.importance import _gradients
+from lib.importance import summed_gradients
 from lib.osscar import eliminate, swapped
 from lib.parts import check_widths, find_parts
 
@@ -203,7 +203,7 @@ def taylor(decoder, parts, windows):
     """
     modules = {block: (*part.producers, part.consumer) for block, part in parts.items()}
     scores = {}
-    with _gradients(decoder.model, [m.weight for some in modules.values() for m in some]) as gradients:
+    with summed_gradients(decoder.model, [m.weight for some in modules.values() for m in some]) as gradients:
         for ids in windows.split(1):
             ids = ids.to(decoder.input_device)
             logits = decoder.model(input_ids=ids, use_cache=False).logits

@@ -523,7 +523,8 @@ def _constant(array):
 
 
 def _head_size(model):
-    return model.get("attention.key_length", model.get("embedding_length") // model.get("attention.head_count"))
+    size = model.get("attention.key_length")
+    return size or model.get("embedding_length") // model.get("attention.head_count")
 
 
 def _number(value):
