@@ -19,7 +19,8 @@ FLOORS = {
     "model": "model decoder repeated pieces data",
     "measuring": "evaluate trajectories engines similarity tasks measure",
     "deciding": "search refine importance candidates",
-    "changing, and writing what was changed": "edits laco repair/ width recover_text recover export/",
+    "changing, and writing what was changed": "edits laco repair/ osscar parts width units allocation "
+    "recover_text recover export/",
     "keeping": "journal ranks",
     "jobs": "job methods cells",
     "report": "report/",

@@ -192,6 +192,11 @@ def card(source, info, how_to_load):
         found = f"{found}, and repaired {by}" if repaired else by
     lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, {found}:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
+    if widths := info.get("edit", {}).get("widths"):
+        lines += [
+            f"Channels that the MLPs keep, by layer of the base: {', '.join(f'{i}: {n}' for i, n in widths.items())}",
+            "",
+        ]
     if "pruned_before" in info:
         lines += [f"{info['base_model']} was pruned before: `pruned_before` in `pruning_info` says how.", ""]
     lines += ["| | base | pruned |", "|---|---|---|"]
