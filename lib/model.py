@@ -20,6 +20,7 @@ from textwrap import shorten
 
 import torch
 
+from lib.files import beside, sweep
 from lib.hub import locate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -438,7 +439,9 @@ def _offload_folder():
     import shutil
     import tempfile
 
-    folder = tempfile.mkdtemp(prefix="blockpruner-")
+    place = beside(Path(tempfile.gettempdir()) / "blockpruner", "")
+    sweep(place.with_name("blockpruner"))  # of runs that were killed
+    folder = tempfile.mkdtemp(prefix=place.name, suffix=".tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
