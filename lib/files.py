@@ -218,7 +218,7 @@ def _without_waiting(path, flags):
 
 def to_json(value):
     """Return strict JSON on one line: NaN and infinities, which JSON lacks, as the strings "nan", "inf", "-inf"."""
-    return json.dumps(_strict(value), allow_nan=False)
+    return json.dumps(strict(value), allow_nan=False)
 
 
 def _lines(value, indent=""):
@@ -232,9 +232,10 @@ def _lines(value, indent=""):
     return to_json(value)
 
 
-def _strict(value):
+def strict(value):
+    """Return a value as JSON has it: keys are strings, tuples lists, NaN and infinities strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {str(key): strict(item) for key, item in value.items()}
+    return [strict(item) for item in value] if isinstance(value, (list, tuple)) else value
