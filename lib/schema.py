@@ -60,7 +60,9 @@ def opened(path, content, kind=None):
                 f"{path}: of schema {brief(version)}, written by a newer version; this one reads {VERSION}"
             )
         if where["checksum"] != checksum(found, content):
-            raise ValueError(f"{path}: damaged: its content does not have the checksum that it names; take a copy, or make it again")
+            raise ValueError(
+                f"{path}: damaged: its content does not have the checksum that it names; take a copy, or make it again"
+            )
         bare = {key: value for key, value in where.items() if key not in (MARKS if found == "order" else MARKS[1:])}
         content = {**content, "meta": bare} if where is not content else bare
     try:
