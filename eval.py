@@ -8,7 +8,7 @@ the paper's own scripts; without an order, or with --del-block-num 0, the dense 
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json
 """
 
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -208,4 +208,4 @@ def print_table(result):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

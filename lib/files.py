@@ -24,6 +24,13 @@ LONGEST = 32  # characters that temporary names add
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
+class NotWritten(OSError):
+    """A file could not be written; what was there before still is."""
+
+    def __str__(self):
+        return f"{self.filename}: {self.strerror}"
+
+
 def write_json(path, value):
     """Write JSON as `write_file` does."""
     write_file(path, (_lines(value) + "\n").encode())
@@ -33,15 +40,17 @@ def write_file(path, data):
     """Write bytes under a temporary name beside `path`, then rename it: a crash, also of the machine, leaves the old
     file or the new one. A link is followed. Raises ValueError where `path` is no regular file."""
     path = place(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
     temporary = beside(path, "tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise NotWritten(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # the first error counts
             temporary.unlink(missing_ok=True)

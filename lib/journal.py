@@ -64,7 +64,7 @@ class Journal:
 
     def __init__(self, path, deciding, rank=0):
         self.order, self.deciding, self.rank = Path(path), deciding, rank
-        self._removed, self._known, self._file = None, {}, None
+        self._current, self._known, self._file = None, {}, None
 
     @property
     def path(self):
@@ -72,10 +72,9 @@ class Journal:
 
     def known(self, removed, tokens):
         """Return {(batch, unit): losses} of the search of the next removal after `removed`, in order."""
-        removed = [str(unit) for unit in removed]
-        if removed != self._removed:
-            head = {"kind": "journal", "schema": SCHEMA, "search": self.deciding, "removed": removed, "tokens": tokens}
-            self._known, self._removed = {}, removed
+        head = self._head(removed, tokens)
+        if head != self._current:
+            self._known, self._current = {}, head
             self.close()
             for path in files_of(self.order):
                 found, entries, end = read_journal(path)
@@ -88,6 +87,18 @@ class Journal:
                 self._open("wb", 0)
                 self._write(head)
         return self._known
+
+    def count(self, removed, tokens):
+        """Return how many answers are kept for the removal after `removed`; writes nothing."""
+        head, found = self._head(removed, tokens), set()
+        for path in files_of(self.order):
+            there, entries, _ = read_journal(path)
+            found |= {key for key, _ in entries} if there == head else set()
+        return len(found)
+
+    def _head(self, removed, tokens):
+        removed = [str(unit) for unit in removed]
+        return {"kind": "journal", "schema": SCHEMA, "search": self.deciding, "removed": removed, "tokens": tokens}
 
     def add(self, batch, unit, packed):
         """Keep one answer, as `pack` gives it."""
@@ -102,7 +113,7 @@ class Journal:
     def remove(self):
         """Delete the files of all processes."""
         self.close()
-        self._removed = None
+        self._current = None
         for path in files_of(self.order):
             path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Many processes on one search, under torchrun: each holds the model and computes a share of the losses.
+"""Many processes on one search, started by torchrun: each holds the model and computes a share of the losses.
 
 Every process asks for the same, computes what is its own and gets the rest from the others, in window order: all decide
 alike, on numbers that do not depend on how many they are. The first one writes and prints. What is exchanged are sums
@@ -6,8 +6,6 @@ of losses, a few bytes a window, over gloo, whichever device computes them.
 
     rank, size = join()
     engine = Shared(lambda windows: Cached(decoder, units, windows, 8), windows, 8)
-
-    torchrun --nproc-per-node 2 block_search.py --model-path models/Llama-2-7b-hf ...
 """
 
 import functools

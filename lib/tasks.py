@@ -14,9 +14,9 @@ import math
 import sys
 from pathlib import Path
 
+from lib import task_rows
 from lib.files import expand
 from lib.hub import hub_error
-from lib.task_rows import check_rows
 
 TITLES = {  # the columns of the paper's tables
     "piqa": "PIQA",
@@ -100,7 +100,7 @@ def local_task(name: str, task_data: str | Path) -> dict:
             raise ValueError(
                 f"task data {str(task_data)!r} holds no {file}: task {name} reads it; add the file or drop the task"
             )
-        check_rows(name, folder / file)
+        task_rows.check_rows(name, folder / file)
         files[split] = glob.escape(str(folder / file))  # datasets expands patterns
     return config
 

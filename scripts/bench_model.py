@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts import flags
+from scripts import ending, flags
 
 SEED = 42  # of the prompts' tokens
 
@@ -332,4 +332,4 @@ def times(value, base):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

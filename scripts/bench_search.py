@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 
-from scripts import flags
+from scripts import ending, flags
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 SHAPES = {
@@ -350,4 +350,4 @@ def told(result, key, otherwise):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -7,7 +7,7 @@ Prints a line for each; exit 1 where one is damaged. Needs neither torch nor the
 
 import sys
 
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -55,4 +55,4 @@ def check(path):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

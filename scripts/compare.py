@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from lib.methods import METHODS, SEEDED
-from scripts import flags
+from scripts import ending, flags
 
 FEW = 10  # windows below which a text is a demonstration
 
@@ -395,4 +395,4 @@ def write_tables(bench, summary):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

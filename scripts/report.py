@@ -8,7 +8,7 @@ page says so. Needs matplotlib; neither torch nor a display.
     python -m scripts.report docs/results/smollm2.json --picture docs/quality.svg
 """
 
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -49,4 +49,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)
