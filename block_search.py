@@ -103,12 +103,19 @@ def search(parser, args, stack):
     cache_bytes = None if args.cache_gb is None else int(args.cache_gb * 2**30)
     with stopped(args, job, searching=True), flags.progress(job.evaluations * len(job.text.windows)) as bar:
         for unit, step in steps(job, decoder, dense, cache_bytes, bar.advance, ending.check):
-            for line in told(job, unit, step):
+            for line in [*told(job, unit, step), *notes_of(decoder)]:
                 bar.write(line)
     if len(job.order) > before and args.metric != "ppl":
         print(f"perplexity    {dense:.4f} -> {job.meta['steps'][-1]['perplexity']:.4f} on the calibration text")
     draw(job)
     print_summary(job)
+
+
+def notes_of(decoder):
+    """Return what the decoder has to say to people, once."""
+    lines = [f"note          {line}" for line in decoder.notes]
+    decoder.notes.clear()
+    return lines
 
 
 def open_search(args, stack):
