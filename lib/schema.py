@@ -331,4 +331,5 @@ KINDS = {
     "result": Kind("a result of eval.py", RESULT),
     "cell": Kind("a cell of a comparison", CELL, cell_rule),
     "compare": Kind("compare.json", COMPARE, compare_rule),
+    "bench": Kind("measurements of a benchmark", {}),
 }

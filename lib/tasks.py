@@ -9,13 +9,14 @@ import contextlib
 import copy
 import functools
 import glob
+import hashlib
 import logging
 import math
 import sys
 from pathlib import Path
 
 from lib import task_rows
-from lib.files import expand
+from lib.files import expand, read_bytes
 from lib.hub import hub_error
 
 TITLES = {  # the columns of the paper's tables
@@ -176,6 +177,13 @@ def check_limits(tasks, limit) -> dict[str, int | None]:
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise ValueError(f"limit {rows!r} for {name}: use a whole number from 1, or None")
     return {name: limits.get(name) for name in tasks}
+
+
+def rows_key(task, task_data=None):
+    """Return what tells a task's rows from others: a part of its file's SHA-256, or "hub"."""
+    if task_data is None:
+        return "hub"
+    return hashlib.sha256(read_bytes(expand(task_data) / f"{task}.jsonl")).hexdigest()[:12]
 
 
 def check_tokenizer(tokenizer, writes=False):

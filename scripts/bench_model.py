@@ -86,7 +86,8 @@ def main(argv=None):
     parser, args = parse_args(argv)
     import torch
 
-    from lib.files import to_json, write_json
+    from lib.files import to_json
+    from lib.schema import write
     from lib.measure import device_name, interleaved
     from lib.model import default_device, dtype_note, versions
 
@@ -138,7 +139,7 @@ def main(argv=None):
         "models": models,
     }
     if args.output_path:
-        write_json(args.output_path, summary)
+        write(args.output_path, "bench", summary)
     if args.plot:
         from lib.report import pictures
 
@@ -155,7 +156,7 @@ def vocabulary_and_order(args):
 
     with flags.naming("--device"):
         check_device(args.device)
-    flags.check_file(args.output_path, "--output-path")
+    flags.check_file(args.output_path, "--output-path", kind="bench")
     check_plot(args.plot)
     with flags.naming("MODEL"):
         bare = [skeleton(path, args.trust_remote_code) for path in args.models]

@@ -10,6 +10,9 @@ from pathlib import Path
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 
 
+STARTS = {".csv": b"n,i,distance", ".svg": (b"<?xml", b"<svg"), ".png": b"\x89PNG", ".pdf": b"%PDF"}  # of outputs
+
+
 class Parser(argparse.ArgumentParser):
     """Ends on bad input with exit code 2 and one line, without the usage dump."""
 
@@ -290,7 +293,7 @@ def check_file(path, flag, suffix=".json", kind=None):
 
     kind: of lib.schema.KINDS, which may replace one of its own only.
     """
-    from lib.files import expand, place
+    from lib.files import expand, place, read_bytes
     from lib.schema import check_output
 
     if not path:
@@ -301,6 +304,8 @@ def check_file(path, flag, suffix=".json", kind=None):
         found = place(path)
         if kind:
             check_output(path, kind)
+        elif found.exists() and found.stat().st_size and not read_bytes(found).startswith(STARTS.get(suffix, b"")):
+            raise ValueError(f"{path}: holds something else than a {suffix} file of this script; give another name")
     check_folder(found.parent, flag)
 
 
