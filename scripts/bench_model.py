@@ -87,9 +87,9 @@ def main(argv=None):
     import torch
 
     from lib.files import to_json
-    from lib.schema import write
     from lib.measure import device_name, interleaved
     from lib.model import default_device, dtype_note, versions
+    from lib.schema import write
 
     args.device = args.device or default_device()
     if args.threads:

@@ -59,9 +59,9 @@ def main(argv=None):
     parser, args = parse_args(argv)
     from lib.evaluate import window_losses
     from lib.files import to_json
-    from lib.schema import write
     from lib.measure import device_name
     from lib.model import parameter_count, versions
+    from lib.schema import write
     from lib.search import NoFiniteCandidate
 
     with parser.user_errors():
