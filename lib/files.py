@@ -124,6 +124,7 @@ def own(path):
     """
     path = Path(os.path.realpath(expand(path)))
     lock = path.with_name(f"{path.name}.lock")
+    new = [folder for folder in path.parents if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file, note = _locked(lock)
@@ -144,6 +145,9 @@ def own(path):
                 os.unlink(lock)  # while it is still ours
         if file:
             file.close()
+        with contextlib.suppress(OSError):  # not empty: something was written
+            for folder in new:
+                folder.rmdir()
 
 
 def _locked(lock):

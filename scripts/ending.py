@@ -3,8 +3,7 @@
 130 and 143: stopped by Ctrl-C or SIGTERM, what was done is kept; 1: a file could not be written, or cells failed; 2:
 bad input. A reader of the output that goes away, as `| head` does, ends a script without a word.
 
-    if __name__ == "__main__":
-        ending.run(main)
+    ending.run(main)
 """
 
 import contextlib

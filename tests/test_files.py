@@ -270,3 +270,12 @@ time.sleep(600)
     time.sleep(0.01)
     another = Path(_offload_folder.__wrapped__())
     assert not theirs.exists() and another.exists()
+
+
+def test_an_owner_that_writes_nothing_leaves_no_folder(tmp_path):
+    with files.own(tmp_path / "new" / "deep" / "order.json"):
+        pass
+    assert names(tmp_path) == []
+    with files.own(tmp_path / "new" / "order.json"):
+        files.write_file(tmp_path / "new" / "order.json", b"")
+    assert names(tmp_path / "new") == ["order.json"]
