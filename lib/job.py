@@ -8,6 +8,7 @@
 block_search.py and the cells of scripts.compare are the two callers.
 """
 
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -18,11 +19,13 @@ from lib.candidates import Candidates, candidates, starts
 from lib.data import Text
 from lib.decoder import find_layers
 from lib.engines import ENGINES
-from lib.evaluate import perplexity, window_losses
+from lib.evaluate import perplexity
 from lib.hub import fingerprint
 from lib.importance import METRICS, ranked, require_weights
+from lib.journal import Journal, Kept
 from lib.model import parameter_count, versions
 from lib.orders import check_order, order_path, read_order, save_order
+from lib.ranks import Shared, first, join, shared_losses
 from lib.search import CONFIDENCE, NoFiniteCandidate, greedy
 
 
@@ -95,11 +98,12 @@ class Job(NamedTuple):
         return len(c.units) if passes is None else passes
 
 
-def open_job(settings, text, bare, folder, overwrite=False):
+def open_job(settings, text, bare, folder, overwrite=False, hold=None):
     """Return the Job of a search, resumed from the order file in `folder` where there is one.
 
-    text: lib.data.Text. bare: the model, weights not needed. overwrite: forget the file that is there. Raises Taken
-    where it was made with other settings, ValueError where so much cannot be removed.
+    text: lib.data.Text. bare: the model, weights not needed. overwrite: forget the file that is there. hold: called
+    with the file's path before it is read, such as lib.files.own. Raises Taken where it was made with other settings,
+    ValueError where so much cannot be removed.
     """
     s = settings
     chosen = candidates(
@@ -118,7 +122,9 @@ def open_job(settings, text, bare, folder, overwrite=False):
     meta = _describe(s, text, chosen)
     if path.is_dir():
         raise ValueError(f"{path}: a folder, where the order file belongs; move it, or give another folder")
-    order, old = ([], meta) if overwrite else _resume(path, meta)
+    if hold and join()[0] == 0:
+        hold(path)
+    order, old = first(([], meta) if overwrite else _resume(path, meta))
     job = Job(s, text, chosen, path, order, old)
     if not job.searched and not job.finished:  # judged at once: nothing to continue
         job = job._replace(order=[], meta=meta)
@@ -136,37 +142,72 @@ def check_decoder(job, decoder):
         require_weights(decoder, job.candidates.units, job.settings.metric, inside=weights == "inside")
 
 
-def steps(job, decoder, dense, cache_bytes=None, progress=None):
+def steps(job, decoder, dense, cache_bytes=None, progress=None, check=None):
     """Yield (unit, step of the order file) for each removal, as soon as it is saved, until there are enough.
 
     dense: the model's perplexity on the text. cache_bytes: memory for kept states, see lib.engines.
-    progress(windows, unit, score) is called as work gets done. What is judged at once is saved at the end. Raises
-    NoFiniteCandidate, also kept in the file, where no candidate is left that can go.
+    progress(windows, unit, score) is called as work gets done; check() after each batch of a candidate that the journal
+    keeps, and may raise. What is judged at once is saved at the end. Raises NoFiniteCandidate, also kept in the file,
+    where no candidate is left that can go. Of several processes (lib.ranks) the first one writes.
     """
+    journal = Journal(job.path, journal_key(job), join()[0])
+    try:
+        yield from _steps(job, decoder, dense, cache_bytes, progress, check, journal)
+    finally:
+        journal.close()
+    if join()[0] == 0:
+        journal.remove()
+
+
+def journal_key(job):
+    """Return what tells the losses of this search from those of others."""
+    decides = {key: job.meta.get(key) for key in DECIDING}
+    return hashlib.sha256(repr(sorted(decides.items())).encode()).hexdigest()[:16]
+
+
+def journaled(job):
+    """Return how many batches of candidates of the next removal are computed and kept."""
+    if not job.searched:
+        return 0
+    journal = Journal(job.path, journal_key(job))
+    return journal.count(_units(job), job.settings.search == "race")
+
+
+def _save(job):
+    if join()[0] == 0:
+        save_order(job.path, job.order, job.meta)
+
+
+def _units(job):
+    """Return the removals made as the search has them: blocks, or whole layers."""
+    return job.order if job.candidates.size == 1 else [Block("layer", i) for _, i in job.order[:: job.candidates.size]]
+
+
+def _steps(job, decoder, dense, cache_bytes, progress, check, journal):
     settings, order, meta = job.settings, job.order, job.meta
     total, seqlen = parameter_count(decoder.model), job.text.windows.shape[1]
     meta["dense_perplexity"] = dense
     try:
-        for unit, step in _removals(job, decoder, cache_bytes, progress):
+        for unit, step in _removals(job, decoder, cache_bytes, progress, check, journal):
             for block in blocks_of([unit]):  # a layer is two removals; what is known stands on the second
                 order.append(block)
                 rest = {"removed_percent": 100 * decoder.block_parameters(order) / total, "block": block}
                 meta["steps"].append({"perplexity": None, "scores": {}, "seconds": 0.0} | rest)
             meta["steps"][-1] = step = step | rest
             if step["perplexity"] is None and (job.searched or job.finished):
-                losses = window_losses(decoder, job.text.windows, settings.batch_size, order)
+                losses = shared_losses(decoder, job.text.windows, settings.batch_size, order)
                 step["perplexity"] = perplexity(losses, seqlen)
             if job.searched:
-                save_order(job.path, order, meta)
+                _save(job)
             yield unit, step
             if job.finished:
                 break
     except NoFiniteCandidate as error:
         meta["failed"] = {"error": str(error), "candidates": error.scores}
-        save_order(job.path, order, meta)
+        _save(job)
         raise
     if order and not job.searched:
-        save_order(job.path, order, meta)
+        _save(job)
 
 
 def summary(job):
@@ -184,7 +225,7 @@ def summary(job):
     }
 
 
-def _removals(job, decoder, cache_bytes, progress):
+def _removals(job, decoder, cache_bytes, progress, check, journal):
     """Yield (unit, step) for every removal of the metric, until the caller has enough."""
     settings, c, windows = job.settings, job.candidates, job.text.windows
     metric, B, start = METRICS[settings.metric], settings.batch_size, time.perf_counter()
@@ -194,10 +235,15 @@ def _removals(job, decoder, cache_bytes, progress):
         racing = settings.search == "race"
         options = {} if settings.search == "exhaustive" else {"cache_bytes": cache_bytes}
         made = ENGINES["cached" if racing else settings.search]
-        engine = made(decoder, c.units, windows, B, metric.function, **options)
-        done = job.order if c.size == 1 else [Block("layer", i) for _, i in job.order[:: c.size]]
+        engine = Shared(
+            lambda some: made(decoder, c.units, some, B, metric.function, **options),
+            windows,
+            B,
+            by_unit=racing,
+            wrap=lambda engine: Kept(engine, journal, racing, check),
+        )
         confidence = settings.race_confidence if racing else math.inf
-        for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress):
+        for step in greedy(engine, c.units, c.most // c.size, _units(job), confidence, progress):
             known = step._asdict()
             known = {"block": known.pop("block"), "perplexity": known.pop("score"), **known}
             yield step.block, known | ({} if settings.metric == "ppl" else {"score": step.score, "perplexity": None})

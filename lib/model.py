@@ -12,18 +12,25 @@ import copy
 import functools
 import json
 import logging
+import math
 import platform
 import re
 import sys
 from pathlib import Path
+from reprlib import repr as brief
 from textwrap import shorten
 
 import torch
 
+from lib import hub
+from lib.blocks import MOST_LAYERS
+from lib.files import beside, read_json, sweep
 from lib.gguf_archs import BY_NAME, slides
 from lib.hub import locate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+COUNTS = re.compile(r"(n|num)_(\w+_)?layers?|layers|\w+_layers")  # names of layers' numbers
+MOST_EXPERTS = 4096  # of a layer
 HINTS = {  # what to do where a part of a model cannot be read
     "configuration": "config.json must be of a model that this transformers knows; copy or download it again",
     "tokenizer": "tokenizer.json, or tokenizer.model, and tokenizer_config.json belong beside the weights",
@@ -59,6 +66,9 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
         kwargs["offload_folder"] = _offload_folder()
     if gguf:
         kwargs |= {"gguf_file": gguf, **_dequantise()}
+    else:
+        kwargs |= {"use_safetensors": None if hub.PICKLED else True, "weights_only": True}
+        _check_amount(path, where, trust_remote_code)
     kwargs["config"] = load_config(path, trust_remote_code)
     if inside_another(path, trust_remote_code):
         kwargs["key_mapping"] = TEXT_NAMES
@@ -82,6 +92,17 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
         model.to(device)
     model.eval().requires_grad_(False)
     return model
+
+
+def _check_amount(path, where, trust_remote_code):
+    """Raise ValueError where a folder's files are far too small for its configuration: memory would be filled first."""
+    stored = sum(file.stat().st_size for pattern in hub.WEIGHTS for file in Path(where).glob(pattern))
+    wanted = parameter_count(skeleton(path, trust_remote_code))
+    if stored and wanted > 2**24 + 16 * stored:  # half a bit for each
+        raise ValueError(
+            f"{path}: its config.json describes {wanted:,} parameters, its weight files hold {stored:,} bytes; give "
+            "the config.json that they were saved with"
+        )
 
 
 def _check_complete(path, where, model, info, inside):
@@ -192,7 +213,18 @@ def _read_config(path, trust_remote_code):
     if gguf:
         return copy.deepcopy(_gguf_config(path, Path(where, gguf).stat().st_mtime_ns))
     with readable(path, "configuration"), quiet():
+        if (file := Path(where) / "config.json").is_file():
+            _check_counts(path, read_json(file))
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+
+
+def _check_counts(path, values):
+    """Raise ValueError where a configuration has more layers or experts than any model: building them takes hours."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        _check_counts(path, value)
+        most = MOST_LAYERS if COUNTS.fullmatch(name) else MOST_EXPERTS if "experts" in name else math.inf
+        if isinstance(value, (int, float)) and value > most:
+            raise ValueError(f"{name} is {brief(value)}, more than {most}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,6 +234,11 @@ def _gguf_config(path, modified):
 
     where, gguf = locate(path)
     with readable(path, "configuration"), quiet(), parsed_once():
+        fields = gguf_reader(path).fields
+        counts = {
+            key.rpartition(".")[2]: fields[key].contents() for key in fields if key.endswith(("_count", "length"))
+        }
+        _check_counts(path, {key.replace("block_count", "layers"): value for key, value in counts.items()})
         config = AutoConfig.from_pretrained(where, gguf_file=gguf)
     _read_the_rest(path, config)
     return config
@@ -471,7 +508,9 @@ def _offload_folder():
     import shutil
     import tempfile
 
-    folder = tempfile.mkdtemp(prefix="blockpruner-")
+    place = beside(Path(tempfile.gettempdir()) / "blockpruner", "")
+    sweep(place.with_name("blockpruner"))  # of runs that were killed
+    folder = tempfile.mkdtemp(prefix=place.name, suffix=".tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -6,14 +6,14 @@ consecutive entries. Everything else that this project knows lives under "meta".
 read, and drawn, where it is not installed.
 """
 
-import json
 from pathlib import Path
 from reprlib import repr as brief
 
-from lib.blocks import KINDS, Block
-from lib.files import write_json
+from lib.blocks import KINDS, MOST_LAYERS, Block
+from lib.files import expand, read_json
 from lib.hub import model_name
 from lib.records import short_name
+from lib.schema import opened, write
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
@@ -25,7 +25,7 @@ def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
     model = Path(name).stem if name.lower().endswith(".gguf") else name
     data = short_name(dataset)
     block_type = block_type if metric == "ppl" else f"{block_type}_{metric}"
-    return Path(folder).expanduser() / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
+    return expand(folder) / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
 
 
 def read_order(path):
@@ -33,12 +33,11 @@ def read_order(path):
 
     Raises ValueError, one line, where the file is not one.
     """
-    path = Path(path).expanduser()
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such order file") from None
-    except (OSError, ValueError, RecursionError) as error:  # no text and no JSON are ValueErrors
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable JSON order file ({error}); search again to write a new one") from None
     if not isinstance(entries, dict):
         raise ValueError(f'{path}: not an order file: expected {{"1": [["mha", 25]], ...}}')
@@ -56,7 +55,7 @@ def read_order(path):
         order += new
     if not order and not meta:
         raise ValueError(f"{path}: holds no removals")
-    return order, meta
+    return order, opened(path, {**entries, "meta": meta}, "order")["meta"]
 
 
 def check_order(order, n_layers, path, meta=()):
@@ -77,7 +76,7 @@ def save_order(path, order, meta):
     entries = {}
     for k in range(1, len(order) + 1):
         entries[str(k)] = sorted(order[:k], key=lambda b: (b.layer, b.kind))
-    write_json(path, {**entries, "meta": meta})
+    write(path, "order", {**entries, "meta": meta})
 
 
 def _parse(path, k, entry):
@@ -91,5 +90,7 @@ def _parse(path, k, entry):
             raise ValueError(f'{path}: entry "{k}" has block type {brief(kind)}; allowed are {" and ".join(KINDS)}')
         if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
             raise ValueError(f'{path}: entry "{k}" has layer {brief(layer)}; allowed are whole numbers from 0')
+        if layer >= MOST_LAYERS:
+            raise ValueError(f'{path}: entry "{k}" has layer {brief(layer)}; no model has so many')
         blocks.add(Block(kind, layer))
     return blocks

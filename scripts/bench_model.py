@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts import flags
+from scripts import ending, flags
 
 SEED = 42  # of the prompts' tokens
 
@@ -86,9 +86,10 @@ def main(argv=None):
     parser, args = parse_args(argv)
     import torch
 
-    from lib.files import to_json, write_json
+    from lib.files import to_json
     from lib.measure import device_name, interleaved
     from lib.model import default_device, dtype_note, versions
+    from lib.schema import write
 
     args.device = args.device or default_device()
     if args.threads:
@@ -138,7 +139,7 @@ def main(argv=None):
         "models": models,
     }
     if args.output_path:
-        write_json(args.output_path, summary)
+        write(args.output_path, "bench", summary)
     if args.plot:
         from lib.report import pictures
 
@@ -155,7 +156,7 @@ def vocabulary_and_order(args):
 
     with flags.naming("--device"):
         check_device(args.device)
-    flags.check_file(args.output_path, "--output-path")
+    flags.check_file(args.output_path, "--output-path", kind="bench")
     check_plot(args.plot)
     with flags.naming("MODEL"):
         bare = [skeleton(path, args.trust_remote_code) for path in args.models]
@@ -333,4 +334,4 @@ def times(value, base):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

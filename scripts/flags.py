@@ -10,6 +10,9 @@ from pathlib import Path
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 
 
+STARTS = {".csv": b"n,i,distance", ".svg": (b"<?xml", b"<svg"), ".png": b"\x89PNG", ".pdf": b"%PDF"}  # of outputs
+
+
 class Parser(argparse.ArgumentParser):
     """Ends on bad input with exit code 2 and one line, without the usage dump."""
 
@@ -18,9 +21,23 @@ class Parser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
         )
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but names that no file can have, and homes that are not there, end with one line."""
+        from lib.files import expand
+
+        given = super().parse_args(args, namespace)
+        for value in vars(given).values():
+            for text in value if isinstance(value, list) else [value]:
+                try:
+                    expand(text if isinstance(text, str) else "")
+                except ValueError as error:
+                    self.error(error)
+        return given
+
     def error(self, message):
         # an exception's text may have line ends of its own; the promise is one line
-        print(f"{self.prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        line = f"{self.prog}: error: {' '.join(str(message).split())}"
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
         sys.exit(2)
 
     @contextlib.contextmanager
@@ -45,6 +62,15 @@ class Parser(argparse.ArgumentParser):
             self.error(f"the GPU's memory is full{when}; {remedy}")
 
 
+class AllowPickled(argparse.Action):
+    """A flag that lets lib.hub read pickled weights, in this process."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from lib import hub
+
+        hub.PICKLED = True
+
+
 def add_model_flags(parser):
     parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised while loading)")
     add_compute_flags(parser)
@@ -54,6 +80,12 @@ def add_compute_flags(parser):
     parser.add_argument("--device", help="cpu, cuda or cuda:N; cuda when there is one, else cpu", default=None)
     parser.add_argument("--compute-dtype", choices=DTYPES, default="bf16", help="dtype of weights and activations")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python that the model brings along")
+    parser.add_argument(
+        "--allow-pickled",
+        action=AllowPickled,
+        nargs=0,
+        help="read weights that are pickled (.bin) where there are no others",
+    )
 
 
 def add_removal_flags(parser, required=False):
@@ -254,20 +286,36 @@ def warn_of_order(args, meta, removed):
 
 def check_folder(folder, flag):
     """Raise ValueError unless files can be written to `folder` once it is made; makes nothing."""
-    path = Path(folder).expanduser().absolute()
+    from lib.files import expand
+
+    path = expand(folder).absolute()
+    if too_long := next((part for part in path.parts if len(part.encode()) > 255), None):
+        raise ValueError(f"{flag} {too_long[:40]}...: longer than the 255 bytes that a file's name can have")
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "not a folder" if not there.is_dir() else "not writable"
         raise ValueError(f"{flag} {folder}: {there} is {what}; give a folder that can be written")
 
 
-def check_file(path, flag, suffix=".json"):
-    """Raise ValueError unless a file can be written at `path`, empty or None for no file; makes nothing."""
+def check_file(path, flag, suffix=".json", kind=None):
+    """Raise ValueError unless a file can be written at `path`, empty or None for no file; makes nothing.
+
+    kind: of lib.schema.KINDS, which may replace one of its own only.
+    """
+    from lib.files import expand, place, read_bytes
+    from lib.schema import check_output
+
     if not path:
         return
-    if Path(path).expanduser().is_dir():
+    if expand(path).is_dir():
         raise ValueError(f"{flag} {path}: a folder; give a file name, e.g. result{suffix}")
-    check_folder(Path(path).parent, flag)
+    with naming(flag):
+        found = place(path)
+        if kind:
+            check_output(path, kind)
+        elif found.exists() and found.stat().st_size and not read_bytes(found).startswith(STARTS.get(suffix, b"")):
+            raise ValueError(f"{path}: holds something else than a {suffix} file of this script; give another name")
+    check_folder(found.parent, flag)
 
 
 @contextlib.contextmanager
@@ -417,6 +465,23 @@ def print_aligned(rows):
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]))
 
 
+def note(line):
+    """Print a note where there is one."""
+    if line:
+        print(f"note          {line}")
+
+
+def join_ranks(parser):
+    """Meet the other processes where torchrun started this one: the first prints, the others only their errors."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from lib.ranks import join
+
+        rank, _ = join()
+        if rank:
+            parser.prog = f"{parser.prog}: rank {rank}"
+            sys.stdout = open(os.devnull, "w")
+
+
 class progress:
     """A progress bar over windows with the best unit of the step; a plain writer of lines above it."""
 
@@ -424,7 +489,16 @@ class progress:
         from tqdm import tqdm
 
         every = 0.1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
-        self.bar = tqdm(total=total, unit="window", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=every)
+        other = sys.stdout.name == os.devnull  # another rank than the first
+        self.bar = tqdm(
+            disable=other,
+            total=total,
+            unit="window",
+            dynamic_ncols=True,
+            leave=False,
+            file=sys.stderr,
+            mininterval=every,
+        )
         self.scores = {}
 
     def advance(self, windows, unit=None, score=None):

@@ -10,7 +10,7 @@ kind say what it is worth. docs/repair.md compares the methods.
 import math
 import time
 
-from scripts import flags
+from scripts import ending, flags
 from scripts.export import add_format_flag
 from scripts.recover import add_text_flags, check_seqlen, cut_text, read_corpora
 
@@ -184,4 +184,4 @@ def stored_dtype(args, format):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # no circle arises. "export/" and "report/" stand for all the rooms of these wings.
 FLOORS = {
     # orders reads and writes JSON, for every floor
-    "ground": "blocks files hub memory families gguf_archs losses records orders",
+    "ground": "blocks files hub memory families gguf_archs losses records schema orders",
     "model": "model decoder repeated pieces data",
-    "measuring": "evaluate trajectories engines similarity tasks measure",
+    "measuring": "evaluate trajectories engines similarity task_rows tasks measure",
     "deciding": "search refine importance candidates",
     "changing, and writing what was changed": "edits laco repair/ osscar parts width units allocation "
     "recover_text recover export/",
@@ -26,7 +26,7 @@ FLOORS = {
     "report": "report/",
 }
 WITHOUT_TORCH = (
-    "blocks files hub families gguf_archs orders report/"  # of the ground, memory and losses work on tensors
+    "blocks files hub families gguf_archs schema orders report/"  # of the ground, memory and losses work on tensors
 )
 SHIPPED = "export/modeling_blockpruned"  # copied into exports, where there is no lib
 

@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import torch
 
+from lib import hub
 from lib.blocks import KINDS, Block
 from lib.decoder import block_parameters, find_layers
 from lib.edits import Edit, check_shape, name_in
 from lib.export.config import config_json
 from lib.families import FAMILIES
-from lib.hub import locate
+from lib.hub import WEIGHTS, locate
 from lib.model import (
     DTYPES,
     check_whole,
@@ -460,7 +461,7 @@ def _snapshot(name):
     from huggingface_hub import snapshot_download
 
     small = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
-    for weights in ("*.safetensors", "pytorch_model*.bin"):
+    for weights in WEIGHTS if hub.PICKLED else WEIGHTS[:1]:
         folder = Path(snapshot_download(name, allow_patterns=[*small, weights], ignore_patterns=["*/*"]))
         if _weight_files(folder):
             break

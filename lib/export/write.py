@@ -95,6 +95,7 @@ def export(
     write, how_to_load = FORMATS[format](source, removed, info)
     text = card(source, info, how_to_load)
     with complete_or_nothing(folder) as temporary:
+        check_target(folder, path, overwrite)  # again: another run may have been faster
         copy_small_files(source, temporary, format)
         (temporary / "README.md").write_text(text, encoding="utf-8")
         write(temporary)  # last: the rest, where it can fail, fails in seconds
