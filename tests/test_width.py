@@ -391,6 +391,19 @@ def test_a_quantised_gguf_file_is_narrowed_with_zeros_up_to_its_types_rows(quant
 
 
 @pytest.mark.parametrize(
+    "name, widths, refit, says",
+    (
+        ("qwen3", {0: 32}, "ls", "feed_forward_length differs from layer to layer.*qwen3 has layers of one width only"),
+        ("qwen2", {0: 32, 1: 32, 2: 32, 3: 32}, "bias", "qwen2 has no ffn_down.bias"),
+    ),
+)
+def test_gguf_refuses_what_llama_cpp_has_no_place_for(folder, tmp_path, name, widths, refit, says):
+    edit = narrow(Decoder(load_model(folder(name), "fp32")), WINDOWS, mlp(widths), "l1", refit, 3).edit
+    with pytest.raises(ValueError, match=says):
+        export(folder(name), edit, tmp_path / "out", "gguf")
+
+
+@pytest.mark.parametrize(
     "format, widths, refit, says",
     (
         ("stock", {0: 32}, "ls", "one width; the nearest format is hf"),

@@ -101,10 +101,8 @@ def prune(model, removed):
     uneven = not short and next((key for key, values in counts.items() if len({*values}) > 1), None)
     if (short or uneven) and model.arch not in DECI:
         what = f"{short[0]} is left without its other half" if short else f"{uneven} differs from layer to layer"
-        raise ValueError(
-            f"format gguf: {what}, and llama.cpp's {model.arch} has whole layers of one width only; the nearest format "
-            "is hf"
-        )
+        kind = "whole layers" if short else "layers of one width"
+        raise ValueError(f"format gguf: {what}, and llama.cpp's {model.arch} has {kind} only; the nearest format is hf")
     if arch.large and arch.large in (n, len(layers)):
         raise ValueError(
             f"format gguf: llama.cpp takes a {model.arch} of {arch.large} layers for the largest, and scales its "
