@@ -129,7 +129,7 @@ def watch(event, args):
         path, mode, how = args
         writes = set(mode) & set("wax+") if isinstance(mode, str) else how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     else:
-        path, writes = args[0] if args else None, event in ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink")
+        path, writes = args[0] if args else None, event in ("os.mkdir", "os.rename", "os.remove", "os.symlink")
     if writes and isinstance(path, (str, os.PathLike)):
         path = os.path.abspath(path)
         found.extend([path] if not path.startswith((out, "/dev/", "/proc/")) else [])
