@@ -427,6 +427,9 @@ def print_opened(args, text, decoder, more="", title="calibration"):
     about = text.about
     print(f"model         {args.model_path}: {parameter_count(decoder.model):,} parameters, {decoder.n_layers} layers")
     print(f"compute       {args.device}, {args.compute_dtype}{more}")
+    module = type(decoder.model).__module__
+    if not module.startswith("transformers."):
+        print(f"note          runs code that the model brings along: {module}")
     if note := dtype_note(args.device, args.compute_dtype):
         print(f"note          {note}")
     bos = ", each behind BOS" if about["bos"] == "every-window" else ""

@@ -20,7 +20,7 @@ from lib.blocks import Block
 from lib.decoder import Decoder
 from lib.model import parameter_count
 from lib.orders import check_order, read_order
-from lib.schema import MARKS
+from lib.schema import read
 
 # What the paper's authors published for Llama-2-7b, by number of calibration documents.
 PUBLISHED = {
@@ -84,8 +84,8 @@ def test_eval_process_prints_and_writes_its_result(searched, toy_folder, text, t
     words = flags(model_path=toy_folder(), cal_dataset=text, ppl_search_file=searched[2], del_block_num=2, **SMALL)
     run = shell("eval.py", *words, *flags(output_path=output))
     assert run.code == 0 and run.err == "", run
-    written = json.loads(output.read_text())
-    assert {k: v for k, v in written.items() if k not in MARKS} == run.result
+    written = read(output, "result")
+    assert {**run.result, "kind": "result"} == written
     assert [p.name for p in output.parent.iterdir()] == ["result.json"]
     assert written["model"] == str(toy_folder()) and written["order_file"] == str(searched[2])
     assert written["parameters"] < written["dense_parameters"]

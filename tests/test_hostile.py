@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import SMALL, flags, shell
 from safetensors.torch import load_file
 
 from lib import hub
@@ -117,3 +118,38 @@ def test_a_models_own_code_is_not_run_unless_asked(damaged, tmp_path):
     assert not mark.exists()
     skeleton(folder, trust_remote_code=True)
     assert mark.exists()  # the test could fail
+
+
+WATCH = """
+import os, runpy, sys
+out, found = sys.argv.pop(1), []
+sys.argv.pop(0)
+def watch(event, args):
+    if event == "open":
+        path, mode, how = args
+        writes = set(mode) & set("wax+") if isinstance(mode, str) else how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    else:
+        path, writes = args[0] if args else None, event in ("os.mkdir", "os.rename", "os.remove", "os.symlink")
+    if writes and isinstance(path, (str, os.PathLike)):
+        path = os.path.abspath(path)
+        found.extend([path] if not path.startswith((out, "/dev/", "/proc/")) else [])
+sys.addaudithook(watch)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(*dict.fromkeys(found), sep="\\n", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("script", ("block_search.py", "eval.py"))
+def test_nothing_is_written_outside_the_output(toy_folder, text, tmp_path, script):
+    out, given = tmp_path / "out", dict(model_path=toy_folder(), cal_dataset=text, **SMALL)
+    given |= (
+        dict(ppl_search_path=out, del_block_num=1) if script == "block_search.py" else dict(output_path=out / "r.json")
+    )
+    environment = {"HOME": str(tmp_path / "home"), "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(out / "fonts")}
+    run = shell("-c", WATCH, str(out), script, *flags(**given), **environment)
+    assert run.code == 0
+    said = [line for line in run.err.replace("\r", "\n").splitlines() if line.startswith("/")]
+    assert [path for path in said if not path.startswith(str(tmp_path / "home"))] == [], said
+    assert not [path for path in said if "blockpruner" in path.lower()], "nothing of ours in the caches"
