@@ -212,7 +212,7 @@ def read_removals(args):
     """Return (order, meta) of --ppl-search-file; raise ValueError where it does not hold what is asked of it."""
     from lib.orders import read_order
 
-    if args.remove is not None:
+    if getattr(args, "remove", None) is not None:
         if args.ppl_search_file:
             raise ValueError(f"--remove {args.remove}: names the blocks itself; leave out --ppl-search-file")
         return [], {"metric": "list"}
@@ -248,7 +248,7 @@ def check_removals(args, order, meta, bare):
         return []
     with naming(getattr(args, "model_flag", "--model-path")):
         check_whole(bare.config, args.model_path)
-    if args.remove is not None:
+    if getattr(args, "remove", None) is not None:
         with naming("--remove"):
             return parse_blocks(args.remove, len(layers))
     check_order(order, len(layers), args.ppl_search_file, meta)
@@ -492,7 +492,7 @@ class progress:
         from tqdm import tqdm
 
         every = 0.1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
-        other = sys.stdout.name == os.devnull  # another rank than the first
+        other = getattr(sys.stdout, "name", None) == os.devnull  # another rank than the first
         self.bar = tqdm(
             disable=other,
             total=total,

@@ -334,7 +334,7 @@ def test_a_file_that_cannot_be_continued_is_refused(search, refused, tmp_path, t
     path.parent.mkdir()
     if content is None:
         path.mkdir()
-        refused(str(path), says, "--ppl-search-path", overwrite=True)
+        refused(str(path), says, "give another folder", overwrite=True)
         return
     path.write_text(content)
     refused(str(path), says)

@@ -143,7 +143,6 @@ def test_the_card_names_another_metric_than_the_papers_and_every_licence(toy_fol
         (8.0, {"perplexity": None}),
         ("inf", {"perplexity": 9.0}),
         (8.0, {"perplexity": "nan"}),
-        (8.0, 9.0),
         (8.0, {}),
     ),
 )

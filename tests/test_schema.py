@@ -58,7 +58,7 @@ CELL = {
     "seconds": {"removal": 3.0},
     "removed": ["mha1", "mlp1"],
 }
-CONTENTS = {"result": RESULT, "compare": COMPARE, "cell": CELL}
+CONTENTS = {"result": RESULT, "compare": COMPARE, "cell": CELL, "bench": {"seconds": [1.0, 2.0], "device": "cpu"}}
 
 
 def make(kind, path):
