@@ -319,7 +319,11 @@ def damaged(rng, folder, commands, n):
     from lib.orders import read_order, save_order
     from lib.task_rows import ROWS, check_rows
 
-    counts, made, path = Counter(), {}, folder / "damaged.json"
+    counts, made, path = (
+        Counter({"BAD: tracebacks from damaged files": 0, "BAD: hangs": 0}),
+        {},
+        folder / "damaged.json",
+    )
     save_order(path, *searched())
     made["order"] = path.read_bytes()
     for kind, content in CONTENTS.items():
