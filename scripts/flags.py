@@ -244,7 +244,7 @@ def check_removals(args, order, meta, bare):
     from lib.orders import check_order
 
     layers = find_layers(bare)
-    if not args.ppl_search_file and args.remove is None:
+    if not args.ppl_search_file and getattr(args, "remove", None) is None:
         return []
     with naming(getattr(args, "model_flag", "--model-path")):
         check_whole(bare.config, args.model_path)
@@ -290,7 +290,7 @@ def check_folder(folder, flag):
 
     path = expand(folder).absolute()
     if too_long := next((part for part in path.parts if len(part.encode()) > 255), None):
-        raise ValueError(f"{flag} {too_long[:40]}...: longer than the 255 bytes that a file's name can have")
+        raise ValueError(f"{flag} {too_long[:40]}...: too long, a file's name has 255 bytes at most")
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "not a folder" if not there.is_dir() else "not writable"

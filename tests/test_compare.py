@@ -549,7 +549,7 @@ def test_tasks_are_scored_as_eval_does_and_kept_one_by_one(comparison, evaluate,
         ppl_search_file=tmp_path / "out" / most["order_file"],
         del_block_num=len(most["removed"]),
     ).result
-    assert {k: v for k, v in result["tasks"]["piqa"].items() if k != "rows"} == most["tasks"]["piqa"]
+    assert result["tasks"]["piqa"].items() > most["tasks"]["piqa"].items()  # and which rows they were
     score, table = most["tasks"]["piqa"], (tmp_path / "out" / "table.md").read_text()
     assert f"**{100 * score['score']:.2f}** ± {100 * score['stderr']:.2f}" in table
     assert "PIQA | ARC-e | average |" in table

@@ -539,7 +539,7 @@ GEMMA = {"layer_types": ["sliding_attention"] * 4}
     (
         ("cohere", {}, ("cohere", "llama, mistral, qwen2", "format hf")),
         ("qwen3", {"attention_bias": True}, ("_proj.bias", "qwen3 has no such tensor", "format hf")),
-        ("qwen3", {}, ("mha1 is left without its other half", "qwen3 has whole layers of one width only", "hf")),
+        ("qwen3", {}, ("mha1 is left without its other half", "qwen3 has whole layers only", "hf")),
         ("gemma2", GEMMA | {"query_pre_attn_scalar": 16}, ("query_pre_attn_scalar is 16", "8", "format hf")),
         ("gemma2", GEMMA | {"attn_logit_softcapping": None}, ("attn_logit_softcapping is None", "format hf")),
         ("gemma3", GEMMA | {"final_logit_softcapping": 30.0}, ("final_logit_softcapping is 30.0", "format hf")),

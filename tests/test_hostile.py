@@ -147,7 +147,14 @@ def test_nothing_is_written_outside_the_output(toy_folder, text, tmp_path, scrip
     given |= (
         dict(ppl_search_path=out, del_block_num=1) if script == "block_search.py" else dict(output_path=out / "r.json")
     )
-    environment = {"HOME": str(tmp_path / "home"), "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(out / "fonts")}
+    (tmp_path / "home").mkdir()  # of the libraries' caches and temporary files, torch's among them
+    environment = {
+        "HOME": str(tmp_path / "home"),
+        "TMPDIR": str(tmp_path / "home"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "home"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "MPLCONFIGDIR": str(out / "fonts"),
+    }
     run = shell("-c", WATCH, str(out), script, *flags(**given), **environment)
     assert run.code == 0
     said = [line for line in run.err.replace("\r", "\n").splitlines() if line.startswith("/")]

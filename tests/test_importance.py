@@ -17,6 +17,7 @@ from lib.blocks import Block
 from lib.decoder import Decoder
 from lib.importance import METRICS, _roomy, ranked, require_weights
 from lib.orders import read_order
+from lib.schema import MARKS
 from lib.similarity import similarities
 
 L, W, T = 3, 5, 24

@@ -16,6 +16,7 @@ from lib.decoder import Decoder
 from lib.export.write import export
 from lib.model import parameter_count, skeleton
 from lib.orders import save_order
+from lib.schema import MARKS
 from scripts import bench_model, bench_search
 
 

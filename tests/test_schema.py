@@ -58,7 +58,12 @@ CELL = {
     "seconds": {"removal": 3.0},
     "removed": ["mha1", "mlp1"],
 }
-CONTENTS = {"result": RESULT, "compare": COMPARE, "cell": CELL, "bench": {"seconds": [1.0, 2.0], "device": "cpu"}}
+CONTENTS = {
+    "result": RESULT,
+    "compare": COMPARE,
+    "cell": CELL,
+    "bench": {"seconds": [1.0, 2.0, 3.0, 4.0], "device": "cpu", "tokens": 7, "dtype": "bf16"},
+}
 
 
 def make(kind, path):
@@ -216,9 +221,9 @@ def test_the_check_names_what_is_damaged_and_exits_with_1(call, tmp_path):
         make(kind, tmp_path / f"{kind}.json")
     (tmp_path / "result.json").write_text((tmp_path / "result.json").read_text().replace("8.0", "7.0"))
     run = call(check.main, *(str(tmp_path / f"{kind}.json") for kind in schema.KINDS), str(tmp_path / "none.json"))
-    assert run.code == 1 and run.result == {"files": 5, "whole": 3, "without_checksum": 0, "damaged": 2}
+    assert run.code == 1 and run.result == {"files": 6, "whole": 4, "without_checksum": 0, "damaged": 2}
     lines = run.out.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["whole", "damaged", "whole", "whole", "damaged"]
+    assert [line.split()[0] for line in lines[:-1]] == ["whole", "damaged", "whole", "whole", "whole", "damaged"]
     assert "does not have the checksum" in lines[1] and lines[0].endswith("order, 3 removals")
 
 
