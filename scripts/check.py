@@ -50,8 +50,8 @@ def check(path):
         order, _ = read_order(path)
         return kind, "checksum" in raw.get("meta", {}), f"{len(order)} removals"
     content = read(path)
-    what = {"result": "tasks", "cell": "measured", "compare": "rows"}[kind]
-    return kind, "checksum" in raw, f"{len(content[what])} {what}"
+    what = {"result": "tasks", "cell": "measured", "compare": "rows"}.get(kind)
+    return kind, "checksum" in raw, f"{len(content[what])} {what}" if what else f"{len(content)} fields"
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def test_a_text_column_that_a_local_copy_lacks_is_refused(search, refused, tmp_p
 def test_a_place_that_cannot_be_written_is_refused(refused, text):
     refused("--ppl-search-path", str(text), "not a folder", ppl_search_path=text / "ppls")
     refused("--ppl-search-path", str(text), "not a folder", ppl_search_path=text)
-    refused("longer than the 255 bytes", ppl_search_path="x" * 300)
+    refused("255 bytes", ppl_search_path="x" * 300)
     refused("--output-path", str(text), "a directory", script="eval", output_path=text / "result.json")
     refused("--output-path", "a folder", "file name", script="eval", output_path=text.parent)
 
