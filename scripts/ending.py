@@ -38,6 +38,11 @@ def run(main):
         where = f"{error.filename}: " if error.filename else ""
         say(f"error: {where}{error.strerror or error}; what was finished before is kept")
         code = 1
+    except RuntimeError as error:
+        if type(error).__name__ != "Lost":  # of lib.ranks, which needs torch
+            raise
+        say(f"error: {error}")
+        code = 1
     except SystemExit as error:
         code = error.code
         if isinstance(code, str):
