@@ -345,8 +345,13 @@ def find_layers(model):
 
 def block_parameters(layers, blocks):
     """Return how many parameters go with `blocks`, norms included; no weights and no proof are needed."""
+    return sum(p.numel() for p in leaving_parameters(layers, blocks))
+
+
+def leaving_parameters(layers, blocks):
+    """Return the parameters that go with `blocks`, as `block_parameters` counts them."""
     parts = [_find_parts(layer, FAMILIES[type(layer).__name__]) for layer in layers]
-    return sum(p.numel() for p in _leaving(parts, blocks_of(blocks)))
+    return _leaving(parts, blocks_of(blocks))
 
 
 def _find_parts(layer, row):

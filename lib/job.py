@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from lib.blocks import Block, blocks_of
 from lib.candidates import Candidates, candidates, starts
+from lib.costs import BlockSeconds, Budget, Cost, cost_of_seconds, counted
 from lib.data import Text
 from lib.decoder import find_layers
 from lib.engines import ENGINES
@@ -33,7 +34,9 @@ class Settings(NamedTuple):
     blocks to remove; ratio: instead, the share of the parameters to reach. protect_first, protect_last: layers at the
     two ends that stay whole. seed: of metrics that draw. batch_size: windows per forward. dtype, device: of the model.
     search: "cached", "exhaustive" or "streamed", which are exact, or "race", which is not; race_confidence: see
-    lib.search.race.
+    lib.search.race. rule: of a search, "lowest" (the paper: the lowest score goes first) or "per-parameter" (the least
+    rise of the loss per unit of cost, lib.search.price). cost: a name of lib.costs.COSTS, in which the rule and ratio
+    count; seconds: where it is latency. budgets: pairs (name of a cost, share that must go), beside ratio.
     """
 
     model: str
@@ -49,14 +52,28 @@ class Settings(NamedTuple):
     device: str = "cpu"
     search: str = "cached"
     race_confidence: float = CONFIDENCE
+    rule: str = "lowest"
+    cost: str = "parameters"
+    seconds: BlockSeconds | None = None
+    budgets: tuple = ()
 
 
 # Facts of an order file that must be the same for it to be continued. Exact engines give the same order.
 DECIDING = (
     "model metric block_type protect_first protect_last window dataset split text_column seed documents seqlen "
-    "batch_size dtype device approximate race_confidence text_sha256 weights bos"
+    "batch_size dtype device approximate race_confidence rule cost seconds budgets text_sha256 weights bos"
 ).split()
-BEFORE = {"metric": "ppl", "protect_first": 0, "protect_last": 0, "approximate": False, "bos": "text"}  # of old files
+BEFORE = {  # what files without them mean
+    "metric": "ppl",
+    "protect_first": 0,
+    "protect_last": 0,
+    "approximate": False,
+    "bos": "text",
+    "rule": "lowest",
+    "cost": None,
+    "seconds": None,
+    "budgets": None,
+}
 
 
 class Taken(ValueError):
@@ -64,7 +81,10 @@ class Taken(ValueError):
 
 
 class Job(NamedTuple):
-    """A search and how far it is. order: the removals made; meta: of the order file at `path`; both grow."""
+    """A search and how far it is. order: the removals made; meta: of the order file at `path`; both grow.
+
+    cost: what the rule divides by, None for the rule "lowest".
+    """
 
     settings: Settings
     text: Text
@@ -72,6 +92,7 @@ class Job(NamedTuple):
     path: Path
     order: list
     meta: dict
+    cost: Cost | None = None
 
     @property
     def searched(self):
@@ -101,9 +122,19 @@ def open_job(settings, text, bare, folder, overwrite=False):
     text: lib.data.Text. bare: the model, weights not needed. overwrite: forget the file that is there. Raises Taken
     where it was made with other settings, ValueError where so much cannot be removed.
     """
-    s = settings
+    s, layers = settings, find_layers(bare)
+    if s.rule != "lowest" and METRICS[s.metric].kind != "searched":
+        raise ValueError(f"the rule {s.rule}: {s.metric} judges once and does not search; use a metric that does")
+    costs = {
+        name: _cost(s, name, bare, layers, text.windows.shape[1])
+        for name in {s.cost, *(name for name, _ in s.budgets)}
+        if s.rule != "lowest" or s.budgets or s.cost != "parameters"
+    }
+    budgets = [Budget(costs[name], share) for name, share in s.budgets]
+    if s.ratio is not None and (budgets or s.cost != "parameters"):
+        budgets.insert(0, Budget(costs[s.cost], s.ratio))
     chosen = candidates(
-        find_layers(bare),
+        layers,
         parameter_count(bare),
         s.block_type,
         number=s.number,
@@ -111,18 +142,30 @@ def open_job(settings, text, bare, folder, overwrite=False):
         first=s.protect_first,
         last=s.protect_last,
         consecutive=METRICS[s.metric].kind == "run",
+        budgets=budgets,
     )
     name = s.metric if chosen.window is None else f"{s.metric}{chosen.window}"
     name = f"random{s.seed}" if s.metric == "random" else name  # draws and runs of other lengths lie beside each other
+    if s.rule != "lowest":
+        name = "_".join([name] * (name != "ppl") + [f"per-{s.cost.removesuffix('s')}"])
     path = order_path(folder, s.model, s.block_type, text.about["dataset"], text.about["documents"], name)
     meta = _describe(s, text, chosen)
     if path.is_dir():
         raise ValueError(f"{path}: a folder, where the order file belongs; move it, or give another folder")
     order, old = ([], meta) if overwrite else _resume(path, meta)
-    job = Job(s, text, chosen, path, order, old)
+    job = Job(s, text, chosen, path, order, old, None if s.rule == "lowest" else costs[s.cost])
     if not job.searched and not job.finished:  # judged at once: nothing to continue
         job = job._replace(order=[], meta=meta)
     return job
+
+
+def _cost(settings, name, bare, layers, seqlen):
+    """Return the lib.costs.Cost of that name; flops are counted in the middle of a window."""
+    if name != "latency":
+        return counted(name, bare, layers, context=seqlen // 2)
+    if settings.seconds is None:
+        raise ValueError("the cost latency needs a file of seconds; measure it with python -m scripts.bench_model")
+    return cost_of_seconds(settings.seconds)
 
 
 def check_decoder(job, decoder):
@@ -197,8 +240,10 @@ def _removals(job, decoder, cache_bytes, progress):
         engine = made(decoder, c.units, windows, B, metric.function, **options)
         done = job.order if c.size == 1 else [Block("layer", i) for _, i in job.order[:: c.size]]
         confidence = settings.race_confidence if racing else math.inf
-        for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress):
+        for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress, job.cost, c.serves):
             known = step._asdict()
+            if step.prices is None:
+                known.pop("prices")
             known = {"block": known.pop("block"), "perplexity": known.pop("score"), **known}
             yield step.block, known | ({} if settings.metric == "ppl" else {"score": step.score, "perplexity": None})
         return
@@ -242,9 +287,24 @@ def _describe(settings, text, chosen):
         "engine": s.search if METRICS[s.metric].kind == "searched" else None,
         "approximate": racing,
         "race_confidence": s.race_confidence if racing else None,
+        "rule": s.rule,
+        "cost": s.cost if s.rule != "lowest" else None,
+        "seconds": s.seconds and [s.seconds.mha, s.seconds.mlp, s.seconds.rest],
+        "budgets": _serving(s),
         "versions": versions(),
         "steps": [],
     }
+
+
+def _serving(settings):
+    """Return what decides which units help, as kept in the file: nothing where all do and only their number is open.
+
+    One budget of another cost leaves out what costs nothing of it, whatever its share; of several each share matters.
+    """
+    budgets = [[name, share] for name, share in settings.budgets]
+    if settings.ratio is not None and (budgets or settings.cost != "parameters"):
+        budgets.insert(0, [settings.cost, settings.ratio])
+    return budgets if len(budgets) > 1 else [name for name, _ in budgets] or None
 
 
 def _resume(path, meta):

@@ -8,6 +8,9 @@ by batch while it races (`confidence`), where a candidate that is clearly behind
     for step in greedy(engine, decoder.blocks("mix"), n=12):
         print(step.block, step.score)
 
+Which unit hurts least is a rule's to say: the lowest objective (the paper), or the least rise of the loss for each
+unit of a cost that goes with it (`price`), which does not prefer small blocks.
+
 Units are blocks (the paper) or whole layers (SLEB, arXiv 2402.09025). What is minimised is the engine's objective:
 perplexity, or the divergence from the dense model (EvoPress's fitness).
 """
@@ -27,14 +30,16 @@ CONFIDENCE = 3.0  # standard errors of a race; docs/engines.md: how it was chose
 class Step(NamedTuple):
     """One removal.
 
-    block: the block or whole layer that goes; score: the objective without it; scores: of all candidates.
-    windows: how many windows each candidate was scored on, None where it is all of them. block_forwards and
-    head_forwards count what the step computed, in windows times blocks and in windows; seconds is its wall time.
+    block: the block or whole layer that goes; score: the objective without it; scores: of all candidates. prices: of
+    each candidate (`price`), None where the score alone decides. windows: how many windows each candidate was scored
+    on, None where it is all of them. block_forwards and head_forwards count what the step computed, in windows times
+    blocks and in windows; seconds is its wall time.
     """
 
     block: Block
     score: float
     scores: dict
+    prices: dict | None
     windows: dict | None
     block_forwards: int
     head_forwards: int
@@ -49,20 +54,25 @@ class NoFiniteCandidate(RuntimeError):
         self.scores = scores
 
 
-def greedy(engine, units, n, done=(), confidence=math.inf, progress=None):
+def greedy(engine, units, n, done=(), confidence=math.inf, progress=None, cost=None, serves=None):
     """Yield the Steps that bring `done` to n removals.
 
     units: candidates in the order in which ties are decided, the first wins. done: units removed before, in order.
     confidence: standard errors behind the leader at which a candidate drops out of the race (`race`); infinite: all
-    candidates see all windows. progress(windows, unit, running score) is called as work gets done. Raises
-    NoFiniteCandidate where no candidate can win.
+    candidates see all windows. progress(windows, unit, running score) is called as work gets done. cost: a
+    lib.costs.Cost, to remove the unit of the lowest `price`; None removes that of the lowest score. serves(removed):
+    the units that help now, where not all do. Raises NoFiniteCandidate where no candidate can win.
     """
-    removed = list(done)
+    removed, base = list(done), None
     while len(removed) < n:
         clock = _Clock(engine.decoder)
-        left = [unit for unit in units if unit not in removed]
+        left = [unit for unit in (units if serves is None else serves(removed)) if unit not in removed]
+        frees = None if cost is None else {unit: cost.share([*removed, unit]) - cost.share(removed) for unit in left}
+        if cost is not None:
+            left = [unit for unit in left if frees[unit] > 0]
+            base = engine.base(removed) if base is None else base
         if confidence < math.inf:
-            seen, alive = race(engine, left, removed, confidence, progress)
+            seen, alive = race(engine, left, removed, confidence, progress, base, frees)
             windows = {unit: sum(map(len, seen[unit].values())) for unit in left}
         else:
             seen, alive, windows = {unit: {} for unit in left}, left, None
@@ -71,12 +81,24 @@ def greedy(engine, units, n, done=(), confidence=math.inf, progress=None):
         finite = [unit for unit in alive if math.isfinite(scores[unit])]
         if not finite:
             raise NoFiniteCandidate(scores)
-        best = min(finite, key=scores.get)
+        prices = None if cost is None else {unit: price(seen[unit], base, frees[unit]) for unit in left}
+        best = min(finite, key=scores.get if prices is None else prices.get)
+        base = seen[best]
         removed.append(best)
-        yield Step(best, scores[best], scores, windows, *clock.read())
+        yield Step(best, scores[best], scores, prices, windows, *clock.read())
 
 
-def race(engine, left, removed, confidence, progress=None):
+def price(seen, base, frees):
+    """Return what a removal costs: the rise of the mean token loss, in nats, divided by the share that it frees.
+
+    seen: {batch: token losses (B, n)} without the unit; base: with it, of these batches and others. A removal that
+    lowers the loss comes before all that raise it: its price is the change itself, which is negative.
+    """
+    rise = torch.cat([(seen[k].double() - base[k].double()).flatten() for k in sorted(seen)]).mean().item()
+    return rise / frees if rise > 0 else rise
+
+
+def race(engine, left, removed, confidence, progress=None, base=None, frees=None):
     """Return (seen, alive): what the candidates `left` saw, {unit: {batch: token losses}}, and who saw all windows.
 
     After each batch a candidate drops out once the mean of its token losses minus the leader's, over the tokens both
@@ -85,13 +107,14 @@ def race(engine, left, removed, confidence, progress=None):
     the root of 1 + 2 / n, by which Student's t with n + 2 degrees of freedom is wider than the normal: few windows say
     little about how documents differ. Batches are visited in an order that spreads over the text. Should none of the
     rest be finite in the end, those dropped see what they missed, and all are alive. Small batches decide sooner.
+    frees: {unit: share of a cost}, to race for the lowest `price`; base: the losses that prices are taken from.
     """
     seen, alive = {unit: {} for unit in left}, left
-    visits = _spread(len(engine.batches))
+    visits = spread(len(engine.batches))
     for k in visits:
         see(engine, {k: alive}, removed, seen, progress)
         if k != visits[-1]:
-            alive = _survivors(alive, seen, confidence, len(engine.windows))
+            alive = survivors(alive, seen, confidence, len(engine.windows), base, frees)
     if not any(math.isfinite(score_of(engine, seen[unit])) for unit in alive):
         missed = {k: [unit for unit in left if k not in seen[unit]] for k in visits}
         see(engine, missed, removed, seen, progress)
@@ -103,7 +126,7 @@ def race(engine, left, removed, confidence, progress=None):
     return seen, alive
 
 
-def _spread(n):
+def spread(n):
     """Return 0..n-1 in an order whose first few lie far apart.
 
     Neighbouring windows come from the same documents and say less about the rest of the text. The k-th goes where k
@@ -114,13 +137,15 @@ def _spread(n):
     return sorted(range(n), key=ranked.__getitem__)
 
 
-def _survivors(alive, losses, confidence, N):
+def survivors(alive, losses, confidence, N, base=None, frees=None):
     """Return the candidates not clearly behind the leader; losses: unit -> {batch: token losses (B, n)}."""
     n = sum(map(len, losses[alive[0]].values()))
     tokens = {unit: torch.cat([t.flatten() for t in losses[unit].values()]).double() for unit in alive}
     finite = [unit for unit in alive if tokens[unit].isfinite().all()]
     if not finite or len(tokens[finite[0]]) < 2:  # a single difference has no standard error
         return alive
+    if frees is not None:
+        tokens = _priced({unit: tokens[unit] for unit in finite}, losses, base, frees)
     leader = min(finite, key=lambda unit: tokens[unit].mean().item())
     wider = confidence * math.sqrt((N - n) / (N - 1) * (1 + 2 / n))
     survivors = []
@@ -130,6 +155,16 @@ def _survivors(alive, losses, confidence, N):
         if unit == leader or behind.mean().item() <= wider * error:
             survivors.append(unit)
     return survivors
+
+
+def _priced(tokens, losses, base, frees):
+    """Return each unit's token losses as what is to be compared: their rise, for each unit of cost where all raise."""
+    rises = {
+        unit: some - torch.cat([base[k].flatten() for k in losses[unit]]).double() for unit, some in tokens.items()
+    }
+    if min(rise.mean().item() for rise in rises.values()) <= 0:  # one that lowers the loss goes first, however small
+        return rises
+    return {unit: rise / frees[unit] for unit, rise in rises.items()}
 
 
 class _Clock:

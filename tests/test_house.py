@@ -17,7 +17,7 @@ FLOORS = {
     "ground": "blocks files hub memory families losses records orders",  # orders reads and writes JSON, for every floor
     "model": "model decoder repeated pieces data",
     "measuring": "evaluate trajectories engines similarity tasks measure",
-    "deciding": "search refine importance candidates",
+    "deciding": "search refine importance candidates costs",
     "changing, and writing what was changed": "edits laco repair/ width recover_text recover export/",
     "keeping": "journal ranks",
     "jobs": "job methods cells",

@@ -1,0 +1,113 @@
+"""Swaps against every set there is, on toys small enough to try them all."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from families import V, toy
+
+from lib.blocks import Block
+from lib.costs import Budget, counted
+from lib.decoder import Decoder
+from lib.engines import Cached, Exhaustive, Streamed
+from lib.evaluate import dense_logits, next_token, perplexity, window_losses
+from lib.refine import swaps
+from lib.search import greedy
+
+WINDOWS = torch.randint(V, (6, 24), generator=torch.Generator().manual_seed(1))
+
+
+def made(seed, objective=dense_logits, engine=Cached, **changes):
+    decoder = Decoder(toy("llama", seed, **{"num_hidden_layers": 4, **changes}))
+    units = decoder.blocks("mix")
+    return engine(decoder, units, WINDOWS, 2, objective), units
+
+
+def truth(engine, sets):
+    """Return {set: score} by the engine's own objective, each set from the first layer."""
+    return {some: engine.score(list(engine.base(some).values())) for some in map(frozenset, sets)}
+
+
+def refined(engine, units, start, fits, **options):
+    after = list(swaps(engine, units, start, fits, **options))
+    return after[-1].removed if after else frozenset(start)
+
+
+def test_swaps_end_in_the_best_set_of_all():
+    found = Counter()
+    for seed in range(20):
+        engine, units = made(seed)
+        start = [step.block for step in greedy(engine, units, 4)]
+        scores = truth(engine, itertools.combinations(units, 4))
+        best = min(scores.values())
+        end = refined(engine, units, start, lambda some: len(some) >= 4)
+        found["greedy"] += scores[frozenset(start)] <= best * (1 + 1e-9)
+        found["swaps"] += scores[end] <= best * (1 + 1e-9)
+        assert scores[end] <= scores[frozenset(start)]
+    print(found)
+    assert found["swaps"] >= 18 and found["swaps"] >= found["greedy"]
+
+
+def test_each_swap_lowers_the_score_says_what_it_did_and_fits():
+    engine, units = made(3, objective=next_token)
+    start = frozenset([Block("mha", 0), Block("mlp", 0), Block("mlp", 1)])
+    last, score = start, engine.score(list(engine.base(start).values()))
+    steps = list(swaps(engine, units, start, lambda some: len(some) >= 3))
+    assert steps
+    for swap in steps:
+        assert swap.removed == (last - set(swap.back)) | set(swap.out)
+        assert set(swap.back) <= last and not set(swap.out) & last
+        assert len(swap.removed) >= 3 and swap.score < score
+        assert swap.score == perplexity(window_losses(engine.decoder, WINDOWS, 2, swap.removed), 24)
+        last, score = swap.removed, swap.score
+
+
+def test_no_single_exchange_is_left_that_helps():
+    engine, units = made(5)
+    end = refined(engine, units, units[:3], lambda some: len(some) >= 3)
+    others = [end - {r} | {k} for r in end for k in units if k not in end]
+    assert min(truth(engine, others).values()) >= truth(engine, [end])[end]
+
+
+def test_an_attention_is_put_back_where_the_budget_has_room():
+    engine, units = made(7)
+    model = engine.decoder.model
+    budget = Budget(counted("parameters", model, engine.decoder.layers), 0.1)
+    start = [Block("mlp", 1), Block("mha", 2), Block("mha", 0)]
+    end = refined(engine, units, start, budget.met)
+    assert budget.met(end) and not any(budget.met(end - {block}) for block in end)
+
+
+@pytest.mark.parametrize("engine", (Exhaustive, Streamed))
+def test_engines_make_the_same_swaps_bit_for_bit(engine):
+    (one, units), (other, _) = made(2), made(2, engine=engine)
+    first, second = (list(swaps(e, units, units[2:5], lambda some: len(some) >= 3)) for e in (one, other))
+    assert first and first == second
+
+
+def test_no_more_windows_are_scored_than_allowed():
+    engine, units = made(2)
+    free = list(swaps(engine, units, units[2:5], lambda some: len(some) >= 3))
+    few = list(swaps(engine, units, units[2:5], lambda some: len(some) >= 3, most=free[0].seen))
+    assert few == free[:1]
+
+
+def test_what_is_not_a_number_is_never_chosen():
+    engine, units = made(1)
+    bad, losses = units[-1], engine.losses
+
+    def poisoned(wanted, removed):
+        for k, unit, some in losses(wanted, removed):
+            yield k, unit, some * math.nan if bad in {unit, *removed} else some
+
+    engine.losses = poisoned
+    assert bad not in refined(engine, units, units[:3], lambda some: len(some) >= 3)
+
+
+def test_protected_blocks_are_refused_in_one_line():
+    engine, units = made(1)
+    with pytest.raises(ValueError, match="mha0 is removed but may not be put back: it is protected") as error:
+        next(swaps(engine, units[1:], units[:2], lambda some: len(some) >= 2))
+    assert "\n" not in str(error.value)
