@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
-from lib.blocks import KINDS, Block
+from lib.blocks import KINDS, Block, blocks_of
 from lib.decoder import block_parameters
 
 
@@ -41,6 +41,10 @@ class Candidates(NamedTuple):
     window: int | None
     enough: Callable
     serves: Callable | None = None
+
+    def meets(self, removed):
+        """Whether a set of units is as much as asked for."""
+        return self.enough(blocks_of(removed)) is not None
 
 
 def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last=0, consecutive=False, budgets=()):

@@ -7,15 +7,16 @@ quarter of the KV cache must go). All but seconds are counted from the model's m
     cost.of([Block("mha", 3)]) / cost.whole    # the share of the cache that attention 3 holds
 """
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.blocks import blocks_of
+from lib.blocks import KINDS, Block, blocks_of
 from lib.decoder import block_parameters, leaving_parameters
-from lib.measure import attentions
+from lib.measure import attentions, cache_without, generate, interleaved, spread
 from lib.model import parameter_count
 
 COUNTED = ("parameters", "kv", "flops")
@@ -117,10 +118,35 @@ class BlockSeconds(NamedTuple):
     device_name: str
     dtype: str
     layers: int
-    tokens: tuple  # (prompts, tokens each)
+    tokens: tuple  # (prompts, tokens each, tokens written after each)
     mha: float
     mlp: float
     rest: float
+
+
+def block_seconds(decoder, ids, new_tokens, repeats=5):
+    """Return the seconds that one attention, one MLP, and all the rest take to read ids (B, T) and write new tokens.
+
+    Medians of `repeats` turns of three models: the whole one, and those without every second attention or MLP. Raises
+    ValueError where a model with less took longer: the machine was too busy.
+    """
+    half = range(1, decoder.n_layers, 2)
+    gone = {kind: [Block(kind, i) for i in half] for kind in KINDS}
+
+    def run(blocks):
+        with decoder.masked(blocks):
+            made = generate(decoder.model, ids, new_tokens, cache_without(decoder.model.config, blocks))
+        return made.prefill_seconds + made.decode_seconds
+
+    turns = {"whole": lambda: run(()), **{kind: functools.partial(run, blocks) for kind, blocks in gone.items()}}
+    medians = {name: spread(times).median for name, times in interleaved(turns, repeats).items()}
+    mha, mlp = ((medians["whole"] - medians[kind]) / max(1, len(half)) for kind in KINDS)
+    if min(mha, mlp) <= 0:
+        raise ValueError(
+            f"an attention seems to take {mha:.2g} s and an MLP {mlp:.2g} s: the machine was busy, or the model has one"
+            " layer; measure again with more repeats"
+        )
+    return mha, mlp, max(0.0, medians["whole"] - decoder.n_layers * (mha + mlp))
 
 
 def cost_of_seconds(seconds):

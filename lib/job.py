@@ -8,14 +8,16 @@
 block_search.py and the cells of scripts.compare are the two callers.
 """
 
+import contextlib
+import functools
 import math
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 from lib.blocks import Block, blocks_of
-from lib.candidates import Candidates, candidates, starts
-from lib.costs import BlockSeconds, Budget, Cost, cost_of_seconds, counted
+from lib.candidates import Candidates, candidates, reachable, starts
+from lib.costs import COUNTED, BlockSeconds, Budget, Cost, cost_of_seconds, counted
 from lib.data import Text
 from lib.decoder import find_layers
 from lib.engines import ENGINES
@@ -24,6 +26,7 @@ from lib.hub import fingerprint
 from lib.importance import METRICS, ranked, require_weights
 from lib.model import parameter_count, versions
 from lib.orders import check_order, order_path, read_order, save_order
+from lib.refine import evolve, swaps
 from lib.search import CONFIDENCE, NoFiniteCandidate, greedy
 
 
@@ -36,7 +39,9 @@ class Settings(NamedTuple):
     search: "cached", "exhaustive" or "streamed", which are exact, or "race", which is not; race_confidence: see
     lib.search.race. rule: of a search, "lowest" (the paper: the lowest score goes first) or "per-parameter" (the least
     rise of the loss per unit of cost, lib.search.price). cost: a name of lib.costs.COSTS, in which the rule and ratio
-    count; seconds: where it is latency. budgets: pairs (name of a cost, share that must go), beside ratio.
+    count; seconds: where it is latency. budgets: pairs (name of a cost, share that must go), beside ratio. refine: what
+    lib.refine makes of the order: "none", "swaps", or "evolve", which takes no order but random sets; evaluations: of
+    the whole text at most, for that.
     """
 
     model: str
@@ -56,12 +61,15 @@ class Settings(NamedTuple):
     cost: str = "parameters"
     seconds: BlockSeconds | None = None
     budgets: tuple = ()
+    refine: str = "none"
+    evaluations: int | None = None
 
 
 # Facts of an order file that must be the same for it to be continued. Exact engines give the same order.
 DECIDING = (
     "model metric block_type protect_first protect_last window dataset split text_column seed documents seqlen "
-    "batch_size dtype device approximate race_confidence rule cost seconds budgets text_sha256 weights bos"
+    "batch_size dtype device approximate race_confidence text_sha256 weights bos rule cost seconds budgets refine "
+    "amount"
 ).split()
 BEFORE = {  # what files without them mean
     "metric": "ppl",
@@ -73,6 +81,8 @@ BEFORE = {  # what files without them mean
     "cost": None,
     "seconds": None,
     "budgets": None,
+    "refine": "none",
+    "amount": None,
 }
 
 
@@ -101,13 +111,30 @@ class Job(NamedTuple):
 
     @property
     def finished(self):
-        """How many of the removals made are as many as asked for, None where they are too few."""
-        return self.candidates.enough(self.order)
+        """How many of the removals made are as many as asked for, None where they are too few, or not yet refined."""
+        if self.settings.refine == "none":
+            return self.candidates.enough(self.order)
+        return len(self.removed) if self.refined else None
+
+    @property
+    def refined(self):
+        """Whether the exchanges have come to an end, or to as many evaluations as are allowed."""
+        found, most = self.meta.get("refined", {"ended": False, "evaluations": 0}), self.settings.evaluations
+        return found["ended"] or (most is not None and found["evaluations"] >= most)
+
+    @property
+    def removed(self):
+        """The blocks that are gone: the set that exchanges made so far, else as many of the order as asked for."""
+        if "refined" in self.meta:
+            return blocks_of(Block(*unit) for unit in self.meta["refined"]["removed"])
+        return self.order[: self.candidates.enough(self.order)]
 
     @property
     def evaluations(self):
-        """How many passes of all windows are ahead, at most."""
+        """How many passes of all windows are ahead, at most; those of a refinement are not known."""
         c, settings = self.candidates, self.settings
+        if settings.refine == "evolve":
+            return 0
         if self.searched:
             return sum(len(c.units) - k for k in range(len(self.order) // c.size, c.most // c.size))
         passes = METRICS[settings.metric].passes
@@ -123,10 +150,11 @@ def open_job(settings, text, bare, folder, overwrite=False):
     where it was made with other settings, ValueError where so much cannot be removed.
     """
     s, layers = settings, find_layers(bare)
-    if s.rule != "lowest" and METRICS[s.metric].kind != "searched":
-        raise ValueError(f"the rule {s.rule}: {s.metric} judges once and does not search; use a metric that does")
+    for what, chosen, plain in (("rule", s.rule, "lowest"), ("refinement", s.refine, "none")):
+        if chosen != plain and METRICS[s.metric].kind != "searched":
+            raise ValueError(f"the {what} {chosen}: {s.metric} judges once and does not search; use a metric that does")
     costs = {
-        name: _cost(s, name, bare, layers, text.windows.shape[1])
+        name: _cost(s, name, bare, layers, text)
         for name in {s.cost, *(name for name, _ in s.budgets)}
         if s.rule != "lowest" or s.budgets or s.cost != "parameters"
     }
@@ -148,6 +176,9 @@ def open_job(settings, text, bare, folder, overwrite=False):
     name = f"random{s.seed}" if s.metric == "random" else name  # draws and runs of other lengths lie beside each other
     if s.rule != "lowest":
         name = "_".join([name] * (name != "ppl") + [f"per-{s.cost.removesuffix('s')}"])
+    if s.refine != "none":  # sets of other sizes lie beside each other
+        size = f"{s.ratio:g}" if s.ratio is not None else s.number or "budgets"
+        name = "_".join([name] * (name != "ppl") + [f"{s.refine}{size}"])
     path = order_path(folder, s.model, s.block_type, text.about["dataset"], text.about["documents"], name)
     meta = _describe(s, text, chosen)
     if path.is_dir():
@@ -159,10 +190,10 @@ def open_job(settings, text, bare, folder, overwrite=False):
     return job
 
 
-def _cost(settings, name, bare, layers, seqlen):
+def _cost(settings, name, model, layers, text):
     """Return the lib.costs.Cost of that name; flops are counted in the middle of a window."""
     if name != "latency":
-        return counted(name, bare, layers, context=seqlen // 2)
+        return counted(name, model, layers, context=text.windows.shape[1] // 2)
     if settings.seconds is None:
         raise ValueError("the cost latency needs a file of seconds; measure it with python -m scripts.bench_model")
     return cost_of_seconds(settings.seconds)
@@ -186,9 +217,11 @@ def steps(job, decoder, dense, cache_bytes=None, progress=None):
     progress(windows, unit, score) is called as work gets done. What is judged at once is saved at the end. Raises
     NoFiniteCandidate, also kept in the file, where no candidate is left that can go.
     """
-    settings, order, meta = job.settings, job.order, job.meta
+    settings, order, meta, enough = job.settings, job.order, job.meta, job.candidates.enough
     total, seqlen = parameter_count(decoder.model), job.text.windows.shape[1]
     meta["dense_perplexity"] = dense
+    if settings.refine == "evolve" or enough(order):
+        return
     try:
         for unit, step in _removals(job, decoder, cache_bytes, progress):
             for block in blocks_of([unit]):  # a layer is two removals; what is known stands on the second
@@ -196,13 +229,13 @@ def steps(job, decoder, dense, cache_bytes=None, progress=None):
                 rest = {"removed_percent": 100 * decoder.block_parameters(order) / total, "block": block}
                 meta["steps"].append({"perplexity": None, "scores": {}, "seconds": 0.0} | rest)
             meta["steps"][-1] = step = step | rest
-            if step["perplexity"] is None and (job.searched or job.finished):
+            if step["perplexity"] is None and (job.searched or enough(order)):
                 losses = window_losses(decoder, job.text.windows, settings.batch_size, order)
                 step["perplexity"] = perplexity(losses, seqlen)
             if job.searched:
                 save_order(job.path, order, meta)
             yield unit, step
-            if job.finished:
+            if enough(order):
                 break
     except NoFiniteCandidate as error:
         meta["failed"] = {"error": str(error), "candidates": error.scores}
@@ -212,19 +245,81 @@ def steps(job, decoder, dense, cache_bytes=None, progress=None):
         save_order(job.path, order, meta)
 
 
+def refinements(job, decoder, cache_bytes=None):
+    """Yield each lib.refine.Swap, the last one included, as soon as the set that it leaves is saved.
+
+    What stands in the file's meta["refined"] goes on from its last set; an evolution begins anew.
+    """
+    s, meta, N, start = job.settings, job.meta, len(job.text.windows), time.perf_counter()
+    if s.refine == "none" or job.refined:
+        return
+    found = {"evaluations": 0, "seconds": 0.0, "swaps": []}
+    if s.refine == "swaps" and "refined" in meta:
+        found = meta["refined"]
+    before, seconds = found["evaluations"], found["seconds"]
+    most = math.inf if s.evaluations is None else (s.evaluations - before) * N
+    engine, units = _engine(job, decoder, cache_bytes), job.candidates.units
+    fits = functools.lru_cache(None)(job.candidates.meets)
+    if s.refine == "swaps":
+        made = swaps(engine, units, _as_units(job, job.removed), fits, confidence=s.race_confidence, most=most)
+    else:
+        made = evolve(engine, units, fits, seed=s.seed, most=most)
+    for swap in made:
+        seen = before + swap.seen / N
+        if exchanged := bool(swap.back or swap.out):
+            known = {"back": swap.back, "out": swap.out, "score": swap.score, "evaluations": seen}
+            found["swaps"].append(known)
+        removed = sorted(blocks_of(swap.removed), key=lambda block: (block.layer, block.kind))
+        losses = window_losses(decoder, job.text.windows, s.batch_size, removed)
+        found |= {
+            "removed": removed,
+            "removed_percent": 100 * decoder.block_parameters(removed) / parameter_count(decoder.model),
+            "score": swap.score,
+            "perplexity": perplexity(losses, job.text.windows.shape[1]),
+            "evaluations": seen,
+            "ended": not exchanged and swap.seen < most,
+            "seconds": seconds + time.perf_counter() - start,
+        }
+        meta["refined"] = found
+        save_order(job.path, job.order, meta, removed)
+        yield swap
+
+
+def reachable_shares(job, decoder):
+    """Return {name: share} of each counted cost that goes with all candidates; without those that cannot be counted."""
+    units, shares = job.candidates.units, {}
+    for name in COUNTED:
+        with contextlib.suppress(ValueError):  # an attention that does not tell its width
+            shares[name] = reachable(units, _cost(job.settings, name, decoder.model, decoder.layers, job.text))
+    return shares
+
+
+def _as_units(job, blocks):
+    """Return the units that blocks make up: layers where whole ones go."""
+    return list(blocks) if job.candidates.size == 1 else [Block("layer", i) for i in {block.layer for block in blocks}]
+
+
 def summary(job):
     """Return what the order file holds of the removals asked for, as a dict."""
-    order = job.order[: job.finished]
-    known = job.meta["steps"][: len(order)]
+    removed = job.removed
+    known = job.meta["steps"] if "refined" in job.meta else job.meta["steps"][: len(removed)]
     last = known[-1] if known else {"perplexity": job.meta["dense_perplexity"], "removed_percent": 0.0}
+    refined = job.meta.get("refined", last | {"seconds": 0.0})
     return {
         "order_file": str(job.path),
-        "order": [str(block) for block in order],
+        "order": [str(block) for block in removed],
         "dense_perplexity": job.meta["dense_perplexity"],
-        "perplexity": last["perplexity"],
-        "removed_percent": last["removed_percent"],
-        "seconds": sum(step["seconds"] for step in known),
+        "perplexity": refined["perplexity"],
+        "removed_percent": refined["removed_percent"],
+        "seconds": sum(step["seconds"] for step in known) + refined["seconds"],
     }
+
+
+def _engine(job, decoder, cache_bytes):
+    s = job.settings
+    options = {} if s.search == "exhaustive" else {"cache_bytes": cache_bytes}
+    made, metric = ENGINES["cached" if s.search == "race" else s.search], METRICS[s.metric]
+    return made(decoder, job.candidates.units, job.text.windows, s.batch_size, metric.function, **options)
 
 
 def _removals(job, decoder, cache_bytes, progress):
@@ -235,9 +330,7 @@ def _removals(job, decoder, cache_bytes, progress):
         return
     if job.searched:
         racing = settings.search == "race"
-        options = {} if settings.search == "exhaustive" else {"cache_bytes": cache_bytes}
-        made = ENGINES["cached" if racing else settings.search]
-        engine = made(decoder, c.units, windows, B, metric.function, **options)
+        engine = _engine(job, decoder, cache_bytes)
         done = job.order if c.size == 1 else [Block("layer", i) for _, i in job.order[:: c.size]]
         confidence = settings.race_confidence if racing else math.inf
         for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress, job.cost, c.serves):
@@ -291,6 +384,8 @@ def _describe(settings, text, chosen):
         "cost": s.cost if s.rule != "lowest" else None,
         "seconds": s.seconds and [s.seconds.mha, s.seconds.mlp, s.seconds.rest],
         "budgets": _serving(s),
+        "refine": s.refine,
+        "amount": None if s.refine == "none" else [s.number, s.ratio, [list(pair) for pair in s.budgets]],
         "versions": versions(),
         "steps": [],
     }
@@ -312,6 +407,8 @@ def _resume(path, meta):
     if not path.exists():
         return [], meta
     order, old = read_order(path)
+    if old.get("nested") is False:
+        order = [Block(*block) for block in old["order"]]
     there = BEFORE | {"weights": meta["weights"]} | old  # old files do not name the weights
     same = {"model"} if old.get("weights") == meta["weights"] != "not cached" else set()  # however it is spelled
     same |= {"dataset", "split", "text_column"} if old.get("text_sha256") == meta["text_sha256"] else set()
@@ -344,3 +441,15 @@ def told(job, unit, step):
     ]
     bad = [str(b) for b, s in step["scores"].items() if not math.isfinite(s)]
     return lines + [f"warning: {metric} not finite without {', '.join(bad)}: never removed in this step"] * bool(bad)
+
+
+def told_swap(job, swap):
+    """Return the line for people about one lib.refine.Swap."""
+    found = job.meta["refined"]
+    what = f"{' '.join(map(str, swap.back))} back, {' '.join(map(str, swap.out))} out"
+    if not (swap.back or swap.out):
+        what = "no exchange helps" if found["ended"] else "as many evaluations as allowed"
+    return (
+        f"{job.settings.refine:9s} {job.settings.metric} {swap.score:.6g}  removed {found['removed_percent']:6.2f} %  "
+        f"{found['evaluations']:7.1f} evaluations  {found['seconds']:7.1f} s  {what}"
+    )

@@ -4,6 +4,9 @@
 first k removals sorted by layer, as the paper's scripts write it; the order is the difference between
 consecutive entries. Everything else that this project knows lives under "meta". No torch in this file: results are
 read, and drawn, where it is not installed.
+
+Where a set was made from an order by exchanges, meta.nested is false: the last entry is that set, the entries before it
+are of the greedy order as far as they are smaller, and meta.order holds that order.
 """
 
 import json
@@ -31,7 +34,8 @@ def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
 def read_order(path):
     """Return (list of Block in removal order, meta dict) of an order file, ours or the reference's.
 
-    Raises ValueError, one line, where the file is not one.
+    Where sets are not nested, the list is the last set, by depth; `first` knows the smaller ones. Raises ValueError,
+    one line, where the file is not one.
     """
     path = Path(path).expanduser()
     try:
@@ -45,6 +49,8 @@ def read_order(path):
     meta = entries.pop("meta", {})
     if not isinstance(meta, dict):
         raise ValueError(f'{path}: "meta" holds {brief(meta)}; expected {{...}}, or no "meta" at all')
+    if meta.get("nested") is False:
+        return _read_set(path, entries, meta), meta
     order = []
     for k in range(1, len(entries) + 1):
         if str(k) not in entries:
@@ -57,6 +63,33 @@ def read_order(path):
     if not order and not meta:
         raise ValueError(f"{path}: holds no removals")
     return order, meta
+
+
+def first(order, meta, number, path="the order"):
+    """Return the blocks that are gone after `number` removals; order, meta: as `read_order` returns them.
+
+    Raises ValueError where sets are not nested and the file holds none of that size.
+    """
+    if meta.get("nested") is not False or number in (0, len(order)):
+        return order[:number]
+    before = [Block(*block) for block in meta["order"]]
+    if number > min(len(order) - 1, len(before)):
+        raise ValueError(f"{path}: holds a set of {len(order)} removals and none of {number}; use {sizes(order, meta)}")
+    return before[:number]
+
+
+def fewest(order, meta, enough):
+    """Return how many removals of a file reach what is asked for, None where none do; enough: as in lib.candidates."""
+    if meta.get("nested") is False:
+        before = enough([Block(*block) for block in meta["order"]][: len(order) - 1])
+        return before if before is not None else len(order) if enough(order) is not None else None
+    return enough(order)
+
+
+def sizes(order, meta):
+    """Return in words how many removals an order file can replay."""
+    before = min(len(order) - 1, len(meta["order"])) if meta.get("nested") is False else len(order)
+    return f"0..{before} or {len(order)}" if before < len(order) - 1 else f"0..{len(order)}"
 
 
 def check_order(order, n_layers, path, meta=()):
@@ -72,12 +105,32 @@ def check_order(order, n_layers, path, meta=()):
             )
 
 
-def save_order(path, order, meta):
-    """Write the order file, atomically."""
-    entries = {}
-    for k in range(1, len(order) + 1):
-        entries[str(k)] = sorted(order[:k], key=lambda b: (b.layer, b.kind))
+def save_order(path, order, meta, refined=None):
+    """Write the order file, atomically; refined: the set that exchanges made of the order, where they were made."""
+    sets = {k: order[:k] for k in range(1, len(order) + 1)}
+    if refined is not None and set(refined) != set(order[: len(refined)]):
+        sets = {k: some for k, some in sets.items() if k < len(refined)} | {len(refined): refined}
+        meta = {**meta, "nested": False, "order": order}
+    entries = {str(k): sorted(some, key=lambda b: (b.layer, b.kind)) for k, some in sets.items()}
     write_json(path, {**entries, "meta": meta})
+
+
+def _read_set(path, entries, meta):
+    """Return the last entry of a file whose sets are not nested, by depth; raise ValueError where it is damaged."""
+    try:
+        sets = {int(k): _parse(path, k, entry) for k, entry in entries.items()}
+        order = [Block(*block) for block in meta["order"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{path}: not nested, and damaged ({error}); it needs numbered sets and "order" in "meta"'
+        ) from None
+    n = max(sets, default=0)
+    right = {k: set(order[:k]) for k in range(1, min(n - 1, len(order)) + 1)} | {n: sets.get(n)}
+    if not n or len(sets[n]) != n or sets != right:
+        raise ValueError(
+            f'{path}: not nested, and damaged: entries before the last must be the first of "order" in "meta"'
+        )
+    return sorted(sets[n], key=lambda b: (b.layer, b.kind))
 
 
 def _parse(path, k, entry):

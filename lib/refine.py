@@ -1,8 +1,9 @@
 """A set of removed blocks made better: blocks are put back and others taken instead, while the loss falls.
 
 A greedy search never takes a removal back, though blocks that were dispensable first need not be so once others are
-gone. `swaps` exchanges a few removed units for a few kept ones, and ends where no exchange helps. It asks an engine of
-lib.engines for losses, as the search does. The sets that it leaves are not nested.
+gone. `swaps` exchanges a few removed units for a few kept ones, and ends where no exchange helps; `evolve` is the
+search of EvoPress, which starts from random sets. Both ask an engine of lib.engines for losses, as the greedy search
+does. The sets that they leave are not nested.
 
     for swap in swaps(engine, decoder.blocks("mix"), removed, fits=lambda some: len(some) >= 12):
         print(swap.back, swap.out, swap.score)
@@ -10,6 +11,7 @@ lib.engines for losses, as the search does. The sets that it leaves are not nest
 
 import itertools
 import math
+import random
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,15 @@ SCREEN = 6  # batches on which every unit changes its place alone, of which exch
 CHEAPEST = 10  # units of each side, by what they do alone, that are exchanged several at a time
 TRIED = 40  # exchanges that are tried by estimates made for the set before; then they are made anew
 
+STARTS, OFFSPRING, FINALISTS = 64, 32, 2  # of EvoPress's search, arXiv 2410.14649
+FEW, MANY = 2_048, 32_768  # tokens on which all offspring are compared, and the finalists with their parent
+
 
 class Swap(NamedTuple):
     """An exchange that lowered the loss: units put `back`, units taken `out` instead, and what it left.
 
-    removed: the set now; score: its objective; seen: windows that units were scored on since the start.
+    removed: the set now; score: its objective; seen: windows that units were scored on since the start. The last one of
+    a search exchanges nothing and says how it ended.
     """
 
     back: tuple
@@ -36,7 +42,7 @@ class Swap(NamedTuple):
 
 
 def swaps(engine, units, removed, fits, confidence=CONFIDENCE, most=math.inf):
-    """Yield a Swap for each exchange that is made, until none lowers the loss.
+    """Yield a Swap for each exchange that is made, until none lowers the loss, then the last one.
 
     units: all that may go; removed: some of them; fits(set): whether enough is gone with a set, as after each exchange
     it must be. confidence: standard errors behind at which an exchange is given up. most: windows to score at most.
@@ -59,9 +65,10 @@ def swaps(engine, units, removed, fits, confidence=CONFIDENCE, most=math.inf):
             alone = {unit: -rise if unit in changed else rise for unit, rise in alone.items()}
             fresh = False
         elif fresh:
-            return
+            break
         else:
             alone, fresh = state.alone(units), True
+    yield Swap((), (), state.removed, score_of(engine, state.losses), state.seen)
 
 
 def _exchanges(units, removed, alone):
@@ -126,10 +133,86 @@ class _State:
         return torch.cat([(some[k].double() - self.losses[k].double()).flatten() for k in sorted(some)]).mean().item()
 
     def _of(self, removed, k):
-        """Return the token losses (B, n) of batch k without `removed`: asked for as one unit more than the others."""
-        if not removed:
-            return self.engine.base(removed)[k]
-        last = max(removed, key=lambda unit: unit.layer)
-        ((_, _, losses),) = self.engine.losses({k: [last]}, removed - {last})
+        losses = losses_of(self.engine, removed, k)
         self.seen += len(losses)
         return losses
+
+
+def losses_of(engine, removed, k):
+    """Return the token losses (B, n) of batch k without `removed`, a frozenset: one unit more than the others."""
+    if not removed:
+        return engine.base(removed)[k]
+    last = max(removed, key=lambda unit: unit.layer)
+    ((_, _, losses),) = engine.losses({k: [last]}, removed - {last})
+    return losses
+
+
+# ---- evolution -----------------------------------------------------------------------------------
+
+
+def evolve(engine, units, fits, seed=0, most=math.inf):
+    """Yield a Swap for each generation whose best offspring beats its parent, then the last one: EvoPress's search.
+
+    The first parent is the best of STARTS random sets on FEW tokens. A generation has OFFSPRING mutations of its
+    parent, of which the FINALISTS best on FEW tokens meet the parent on MANY; tokens are drawn anew each time, whole
+    batches, from a text that may be shorter. k(n - k) / 1.5 generations for k of n layers, or until `most` windows are
+    scored. fits(set): whether enough is gone; no unit of a set could stay. `mutated` says where this differs from
+    EvoPress, which keeps the numbers of removed attentions and MLPs. `Swap.score` is of the batches that were looked
+    at, the last one's of all.
+    """
+    draw, seen, K = random.Random(seed), 0, len(engine.batches)
+    tokens = engine.windows.numel() / K
+    few, many = (min(K, max(1, round(some / tokens))) for some in (FEW, MANY))
+
+    def judged(sets, count):
+        nonlocal seen
+        batches = draw.sample(range(K), count)
+        seen += len(sets) * sum(len(engine.batches[k]) for k in batches)
+        scores = {some: score_of(engine, {k: losses_of(engine, some, k) for k in batches}) for some in sets}
+        return {some: score if math.isfinite(score) else math.inf for some, score in scores.items()}
+
+    starts = [smallest((), draw.sample(units, len(units)), fits, draw) for _ in range(STARTS)]
+    scores = judged(list(dict.fromkeys(starts)), few)
+    parent = min(scores, key=scores.get)
+    yield Swap((), tuple(sorted(parent)), parent, scores[parent], seen)
+    layers, gone = len({unit.layer for unit in units}), len(parent) * len({unit.layer for unit in units}) / len(units)
+    for _ in range(math.ceil(gone * (layers - gone) / 1.5)):
+        if seen >= most:
+            break
+        offspring = [mutated(parent, units, fits, draw) for _ in range(OFFSPRING)]
+        scores = judged(list(dict.fromkeys(some for some in offspring if some != parent)), few)
+        finalists = sorted(scores, key=scores.get)[:FINALISTS]
+        scores = judged([parent, *finalists], many)
+        best = min(scores, key=scores.get)  # of equal ones the parent
+        if best != parent:
+            back, out = (tuple(sorted(units)) for units in (parent - best, best - parent))
+            parent = best
+            yield Swap(back, out, parent, scores[best], seen)
+    yield Swap((), (), parent, score_of(engine, engine.base(parent)), seen + len(engine.windows))
+
+
+def mutated(parent, units, fits, draw):
+    """Return a set in which one to three removed units are exchanged for kept ones of the same kind, as EvoPress does.
+
+    Where that does not fit, further units go, and where more than needed is gone, some stay.
+    """
+    count = min(draw.randint(1, 3), draw.randint(1, 3), len(parent))
+    back = draw.sample(sorted(parent), count)
+    kept = [unit for unit in units if unit not in parent]
+    kept, alike = draw.sample(kept, len(kept)), set()
+    for unit in back:
+        alike |= {next((u for u in kept if u.kind == unit.kind and u not in alike), unit)}
+    return smallest(parent - set(back) | alike, [*kept, *back], fits, draw)
+
+
+def smallest(removed, more, fits, draw):
+    """Return a set that fits and no unit of which could stay: `removed`, with units of the list `more`, or without."""
+    removed = frozenset(removed)
+    for unit in more:
+        if fits(removed):
+            break
+        removed |= {unit}
+    for unit in draw.sample(sorted(removed), len(removed)):
+        if fits(removed - {unit}):
+            removed -= {unit}
+    return removed

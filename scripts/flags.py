@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
+COSTS = ("parameters", "kv", "flops", "latency")
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +104,72 @@ def add_engine_flags(parser):
         default=3.0,  # docs/engines.md: how it was chosen
         help="race: standard errors behind the leader at which a candidate drops out",
     )
+
+
+def add_rule_flags(parser):
+    """The flags that say which blocks a search prefers, how much must go, and what becomes of the set in the end."""
+    parser.add_argument(
+        "--rule",
+        choices=("lowest", "per-parameter"),
+        default="lowest",
+        help="which candidate goes; lowest: the paper's; per-parameter: the least rise of the loss per unit of --cost",
+    )
+    parser.add_argument(
+        "--cost",
+        choices=COSTS,
+        default="parameters",
+        help="what --rule per-parameter divides by and --target-ratio counts; kv: bytes of cache a token",
+    )
+    parser.add_argument(
+        "--cost-file", default=None, help="seconds of one attention and one MLP, from scripts.bench_model --cost-file"
+    )
+    parser.add_argument(
+        "--budget",
+        action="append",
+        type=budget,
+        metavar="COST=SHARE",
+        default=[],
+        help="a share that must go as well, such as kv=0.25; may be repeated",
+    )
+    parser.add_argument(
+        "--refine",
+        choices=("none", "swaps", "evolve"),
+        default="none",
+        help="swaps: exchange removed for kept blocks while that helps; evolve: EvoPress's search, from random sets",
+    )
+    parser.add_argument(
+        "--refine-evaluations",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="passes of the whole text for --refine, at most; until it ends by itself when absent",
+    )
+
+
+def budget(text):
+    """argparse type: COST=SHARE, as a pair."""
+    name, _, value = text.partition("=")
+    if name not in COSTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not COST=SHARE with one of {', '.join(COSTS)}, such as kv=0.25")
+    return name, share(value)
+
+
+def read_cost_file(args):
+    """Return the seconds of --cost-file, None where no cost needs them; raise ValueError where they do not fit."""
+    from lib.costs import read_seconds
+    from lib.hub import fingerprint
+    from lib.measure import device_name
+
+    wanted = "latency" in (args.cost, *(name for name, _ in args.budget))
+    if not wanted and args.cost_file:
+        raise ValueError(f"--cost-file {args.cost_file}: read for latency only; add --cost latency, or drop it")
+    if wanted and not args.cost_file:
+        raise ValueError("latency needs --cost-file: measure it with python -m scripts.bench_model MODEL --cost-file")
+    if not wanted:
+        return None
+    with naming("--cost-file"):
+        here = fingerprint(args.model_path), device_name(args.device), args.compute_dtype
+        return read_seconds(args.cost_file, *here)
 
 
 def try_fp32(args):
@@ -203,7 +270,7 @@ def check_removals(args, order, meta, bare):
     from lib.candidates import enough
     from lib.decoder import block_parameters, find_layers
     from lib.model import check_whole, parameter_count
-    from lib.orders import check_order
+    from lib.orders import check_order, fewest, first
 
     layers = find_layers(bare)
     if not args.ppl_search_file:
@@ -214,7 +281,7 @@ def check_removals(args, order, meta, bare):
     size, number = 2 if meta.get("block_type") == "layer" else 1, args.del_block_num or 0
     if args.target_ratio is not None:
         total = parameter_count(bare)
-        number = enough(layers, order, args.target_ratio, total, size)
+        number = fewest(order, meta, lambda some: enough(layers, some, args.target_ratio, total, size))
         if number is None:
             share = block_parameters(layers, order) / total
             raise ValueError(
@@ -226,7 +293,8 @@ def check_removals(args, order, meta, bare):
             f"--del-block-num {number}: {args.ppl_search_file} removes whole layers, which are two blocks each; use an "
             "even number"
         )
-    return order[:number]
+    with naming("--del-block-num"):
+        return first(order, meta, number, args.ppl_search_file)
 
 
 def warn_of_order(args, meta, removed):

@@ -54,8 +54,8 @@ def test_each_swap_lowers_the_score_says_what_it_did_and_fits():
     engine, units = made(3, objective=next_token)
     start = frozenset([Block("mha", 0), Block("mlp", 0), Block("mlp", 1)])
     last, score = start, engine.score(list(engine.base(start).values()))
-    steps = list(swaps(engine, units, start, lambda some: len(some) >= 3))
-    assert steps
+    *steps, end = swaps(engine, units, start, lambda some: len(some) >= 3)
+    assert steps and end._replace(seen=0) == ((), (), steps[-1].removed, steps[-1].score, 0)
     for swap in steps:
         assert swap.removed == (last - set(swap.back)) | set(swap.out)
         assert set(swap.back) <= last and not set(swap.out) & last
@@ -91,7 +91,7 @@ def test_no_more_windows_are_scored_than_allowed():
     engine, units = made(2)
     free = list(swaps(engine, units, units[2:5], lambda some: len(some) >= 3))
     few = list(swaps(engine, units, units[2:5], lambda some: len(some) >= 3, most=free[0].seen))
-    assert few == free[:1]
+    assert few == [free[0], free[0]._replace(back=(), out=())]
 
 
 def test_what_is_not_a_number_is_never_chosen():
