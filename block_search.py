@@ -136,6 +136,7 @@ def open_search(args):
         budgets=tuple(args.budget),
         refine=args.refine,
         evaluations=args.refine_evaluations,
+        passes=args.passes,
     )
     try:
         job = open_job(settings, text, bare, args.ppl_search_path, args.overwrite)
@@ -164,9 +165,9 @@ def check_flags(args):
     kind = METRICS[args.metric].kind
     if kind == "run" and args.block_type != "layer":
         raise ValueError(f"--metric {args.metric} removes whole layers; add --block-type layer")
-    for flag in ("search", "rule", "refine"):
-        value = getattr(args, flag)
-        if kind != "searched" and value not in ("cached", "streamed", "lowest", "none"):
+    chosen = {"search": args.search, "rule": args.rule, "refine": args.refine, "pass": args.passes}
+    for flag, value in chosen.items():
+        if kind != "searched" and value not in ("cached", "streamed", "lowest", "none", "nothing"):
             raise ValueError(f"--{flag} {value}: --metric {args.metric} does not search; drop --{flag}")
     if args.metric == "taylor" and args.offload:
         raise ValueError("--metric taylor: needs gradients, which offloaded layers do not have; drop --offload")
@@ -185,9 +186,9 @@ def print_header(args, job, decoder):
     amount = f"{c.most}" if args.target_ratio is None else f"{100 * args.target_ratio:g} %, at most {c.most}"
     blocks = len(c.units) * c.size
     print(f"search        {amount} of {blocks} {args.block_type} blocks, {job.evaluations:,} evaluations -> {job.path}")
-    if args.rule != "lowest" or args.budget or args.refine != "none":
+    if (args.rule, args.refine, args.passes) != ("lowest", "none", "nothing") or args.budget:
         budgets = "".join(f", {100 * share:g} % of {name}" for name, share in args.budget)
-        print(f"rule          {args.rule}, cost {args.cost}{budgets}; refined by {args.refine}")
+        print(f"rule          {args.rule}, cost {args.cost}{budgets}; refined by {args.refine}; pass {args.passes}")
     if job.order:
         print(f"resuming      {len(job.order)} removals are done: {' '.join(map(str, job.order))}")
 

@@ -52,6 +52,7 @@ def main(argv=None):
     flags.warn_of_order(args, meta, removed)
     flags.print_opened(args, text, decoder, title="text")
 
+    from lib.edits import keep
     from lib.files import to_json, write_json
     from lib.measure import weight_bytes
     from lib.model import parameter_count
@@ -59,6 +60,9 @@ def main(argv=None):
 
     model = decoder.model
     sizes, dense = [(parameter_count(model), weight_bytes(model))], measure(parser, args, text, decoder)
+    with parser.user_errors():
+        edit = flags.replayed(args, meta, removed, decoder)
+    keep(decoder, edit)
     decoder.remove(removed)
     sizes.append((parameter_count(model), weight_bytes(model)))
     pruned = measure(parser, args, text, decoder) if removed else dense
@@ -86,7 +90,7 @@ def main(argv=None):
     print()
     print_table(result)
     if args.export_path:  # last: what is measured is not lost where it fails
-        failed = write_export(args, removed, meta, result)
+        failed = write_export(args, edit, meta, result)
         save()
     print(to_json(result))
     if args.export_path and failed:
@@ -167,7 +171,7 @@ def print_measured(result, sizes):
     print(f"perplexity    {result['dense_perplexity']:.4f} -> {result['perplexity']:.4f}")
 
 
-def write_export(args, removed, meta, result):
+def write_export(args, edit, meta, result):
     """Write --export-path and put what was written into the result; return the error where that fails, else None."""
     from lib.export.write import export
 
@@ -175,7 +179,7 @@ def write_export(args, removed, meta, result):
     try:
         result["export"] = export(
             args.model_path,
-            removed,
+            edit,
             args.export_path,
             compute_dtype=args.compute_dtype,
             meta=meta,

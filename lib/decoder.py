@@ -49,6 +49,8 @@ class Decoder:
     counts: forwards done so far of "mha" and "mlp" blocks and of the "head", each in windows.
     split[i]: whether layer i is its attention step followed by its MLP step, bit for bit, so that
     the state between the two exists (not so where the branches are parallel).
+    passes: {(layer, kinds that are off): factor}, by which a removed block, or both of a layer where it does not split,
+    multiply the stream in `run`; empty, they pass it as it is. See `passing`.
     """
 
     def __init__(self, model):
@@ -57,6 +59,7 @@ class Decoder:
         self.family = FAMILIES[type(self.layers[0]).__name__]
         self.removed = set()
         self.counts = Counter()
+        self.passes = {}
         self._parts = [_find_parts(layer, self.family) for layer in self.layers]
         self._repeated = Repeated()
         self.split = self._prove()
@@ -106,11 +109,31 @@ class Decoder:
     @torch.inference_mode()
     def run(self, i, kinds, h, stream):
         """Return h (B, T, H) after layer i with only the blocks of `kinds` on; the input is left as it is."""
+        if self.passes and kinds != KINDS:
+            return self._run_passing(i, kinds, h, stream)
         if not kinds:
             return h
         for kind in kinds:
             self.counts[kind] += len(h)
         return self.step(i, kinds, h, stream.calls[i])
+
+    def _run_passing(self, i, kinds, h, stream):
+        """As `run`, each step of the layer times its factor of `passes` where something of it is off."""
+        for step in [(kind,) for kind in KINDS] if self.split[i] else [KINDS]:
+            left = tuple(kind for kind in step if kind in kinds)
+            self.counts.update(dict.fromkeys(left, len(h)))
+            h = self.step(i, left, h, stream.calls[i]) if left else h
+            h = h if left == step else h * self.passes[i, tuple(kind for kind in step if kind not in kinds)]
+        return h
+
+    @contextlib.contextmanager
+    def passing(self, passes):
+        """Within this context what is removed or masked multiplies the stream as `passes`, an attribute, says."""
+        before, self.passes = self.passes, passes
+        try:
+            yield
+        finally:
+            self.passes = before
 
     def step(self, i, kinds, h, call, weights=None):
         """As `run`, under the caller's own gradient mode, with what the layer is called with besides h.

@@ -58,18 +58,29 @@ def replaced(decoder, edit):
 
     Nothing is copied but these. Raises ValueError for a name that the model in memory has not, and for other shapes.
     """
-    model = decoder.model
-    there = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-    targets = {name: there[name_in(there, name, model)] for name in edit.tensors}
     with contextlib.ExitStack() as stack:
-        for name, parameter in targets.items():
-            tensor = edit.load(name)
-            check_shape(name, tensor, parameter.shape)
+        for parameter, tensor in _pairs(decoder.model, edit):
             stack.enter_context(holding([(parameter, tensor)]))
         for (_, i), A in edit.matrices.items():  # what is between a layer's input and the block is removed
             hook = decoder.layers[i].register_forward_pre_hook(functools.partial(_added, A), with_kwargs=True)
             stack.callback(hook.remove)
         yield
+
+
+def keep(decoder, edit):
+    """Give the model in memory the edit's tensors for good, its removed blocks still running."""
+    for parameter, tensor in _pairs(decoder.model, edit):
+        parameter.data = tensor.to(parameter.device, parameter.dtype)
+
+
+def _pairs(model, edit):
+    """Yield (parameter, tensor) of what an edit replaces, one loaded at a time."""
+    there = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    targets = {name: there[name_in(there, name, model)] for name in edit.tensors}
+    for name, parameter in targets.items():
+        tensor = edit.load(name)
+        check_shape(name, tensor, parameter.shape)
+        yield parameter, tensor
 
 
 def _added(A, module, args, kwargs):

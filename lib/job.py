@@ -25,8 +25,9 @@ from lib.evaluate import perplexity, window_losses
 from lib.hub import fingerprint
 from lib.importance import METRICS, ranked, require_weights
 from lib.model import parameter_count, versions
-from lib.orders import check_order, order_path, read_order, save_order
+from lib.orders import check_order, held_passes, order_path, passes_in, read_order, save_order
 from lib.refine import evolve, swaps
+from lib.repair.scale import passes_of, require_free_size
 from lib.search import CONFIDENCE, NoFiniteCandidate, greedy
 
 
@@ -41,7 +42,8 @@ class Settings(NamedTuple):
     rise of the loss per unit of cost, lib.search.price). cost: a name of lib.costs.COSTS, in which the rule and ratio
     count; seconds: where it is latency. budgets: pairs (name of a cost, share that must go), beside ratio. refine: what
     lib.refine makes of the order: "none", "swaps", or "evolve", which takes no order but random sets; evaluations: of
-    the whole text at most, for that.
+    the whole text at most, for that. passes: what a removed block adds to the stream, "nothing", or "scale", which
+    multiplies it by what the block made it grow (lib.repair.scale).
     """
 
     model: str
@@ -63,13 +65,14 @@ class Settings(NamedTuple):
     budgets: tuple = ()
     refine: str = "none"
     evaluations: int | None = None
+    passes: str = "nothing"
 
 
 # Facts of an order file that must be the same for it to be continued. Exact engines give the same order.
 DECIDING = (
     "model metric block_type protect_first protect_last window dataset split text_column seed documents seqlen "
     "batch_size dtype device approximate race_confidence text_sha256 weights bos rule cost seconds budgets refine "
-    "amount"
+    "amount pass"
 ).split()
 BEFORE = {  # what files without them mean
     "metric": "ppl",
@@ -83,6 +86,7 @@ BEFORE = {  # what files without them mean
     "budgets": None,
     "refine": "none",
     "amount": None,
+    "pass": "nothing",
 }
 
 
@@ -150,7 +154,8 @@ def open_job(settings, text, bare, folder, overwrite=False):
     where it was made with other settings, ValueError where so much cannot be removed.
     """
     s, layers = settings, find_layers(bare)
-    for what, chosen, plain in (("rule", s.rule, "lowest"), ("refinement", s.refine, "none")):
+    choices = ("rule", s.rule, "lowest"), ("refinement", s.refine, "none"), ("pass", s.passes, "nothing")
+    for what, chosen, plain in choices:
         if chosen != plain and METRICS[s.metric].kind != "searched":
             raise ValueError(f"the {what} {chosen}: {s.metric} judges once and does not search; use a metric that does")
     costs = {
@@ -176,6 +181,8 @@ def open_job(settings, text, bare, folder, overwrite=False):
     name = f"random{s.seed}" if s.metric == "random" else name  # draws and runs of other lengths lie beside each other
     if s.rule != "lowest":
         name = "_".join([name] * (name != "ppl") + [f"per-{s.cost.removesuffix('s')}"])
+    if s.passes != "nothing":
+        name = "_".join([name] * (name != "ppl") + [s.passes])
     if s.refine != "none":  # sets of other sizes lie beside each other
         size = f"{s.ratio:g}" if s.ratio is not None else s.number or "budgets"
         name = "_".join([name] * (name != "ppl") + [f"{s.refine}{size}"])
@@ -206,6 +213,8 @@ def check_decoder(job, decoder):
             f"{job.settings.device}: the GPUs cannot hold the model, and layers in the host's memory would be moved "
             "for every candidate; a search that offloads moves each once for all (from a folder, not a .gguf)"
         )
+    if job.settings.passes == "scale" and not decoder.offloaded:  # what could not be written is not searched for
+        require_free_size(decoder)
     if weights := METRICS[job.settings.metric].weights:
         require_weights(decoder, job.candidates.units, job.settings.metric, inside=weights == "inside")
 
@@ -217,11 +226,19 @@ def steps(job, decoder, dense, cache_bytes=None, progress=None):
     progress(windows, unit, score) is called as work gets done. What is judged at once is saved at the end. Raises
     NoFiniteCandidate, also kept in the file, where no candidate is left that can go.
     """
+    with decoder.passing({}):  # what is set within is undone
+        yield from _steps(job, decoder, dense, cache_bytes, progress)
+
+
+def _steps(job, decoder, dense, cache_bytes, progress):
     settings, order, meta, enough = job.settings, job.order, job.meta, job.candidates.enough
     total, seqlen = parameter_count(decoder.model), job.text.windows.shape[1]
     meta["dense_perplexity"] = dense
+    if settings.passes == "scale" and "passes" not in meta:
+        meta["passes"] = held_passes(passes_of(decoder, job.text.windows, settings.batch_size))
     if settings.refine == "evolve" or enough(order):
         return
+    decoder.passes = passes_in(meta, job.path)
     try:
         for unit, step in _removals(job, decoder, cache_bytes, progress):
             for block in blocks_of([unit]):  # a layer is two removals; what is known stands on the second
@@ -250,9 +267,14 @@ def refinements(job, decoder, cache_bytes=None):
 
     What stands in the file's meta["refined"] goes on from its last set; an evolution begins anew.
     """
-    s, meta, N, start = job.settings, job.meta, len(job.text.windows), time.perf_counter()
-    if s.refine == "none" or job.refined:
+    if job.settings.refine == "none" or job.refined:
         return
+    with decoder.passing(passes_in(job.meta, job.path)):
+        yield from _refinements(job, decoder, cache_bytes)
+
+
+def _refinements(job, decoder, cache_bytes):
+    s, meta, N, start = job.settings, job.meta, len(job.text.windows), time.perf_counter()
     found = {"evaluations": 0, "seconds": 0.0, "swaps": []}
     if s.refine == "swaps" and "refined" in meta:
         found = meta["refined"]
@@ -384,6 +406,7 @@ def _describe(settings, text, chosen):
         "cost": s.cost if s.rule != "lowest" else None,
         "seconds": s.seconds and [s.seconds.mha, s.seconds.mlp, s.seconds.rest],
         "budgets": _serving(s),
+        "pass": s.passes,
         "refine": s.refine,
         "amount": None if s.refine == "none" else [s.number, s.ratio, [list(pair) for pair in s.budgets]],
         "versions": versions(),

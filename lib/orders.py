@@ -10,6 +10,7 @@ are of the greedy order as far as they are smaller, and meta.order holds that or
 """
 
 import json
+import math
 from pathlib import Path
 from reprlib import repr as brief
 
@@ -90,6 +91,27 @@ def sizes(order, meta):
     """Return in words how many removals an order file can replay."""
     before = min(len(order) - 1, len(meta["order"])) if meta.get("nested") is False else len(order)
     return f"0..{before} or {len(order)}" if before < len(order) - 1 else f"0..{len(order)}"
+
+
+def passes_in(meta, path="the order"):
+    """Return {(layer, kinds): factor} that removed blocks multiply the stream by, {} where they pass it as it is.
+
+    Raises ValueError where what the file holds is none, or not a positive finite number.
+    """
+    held, passes = meta.get("passes", {}), {}
+    for name, factor in held.items() if isinstance(held, dict) else [("", held)]:
+        kinds, number = name.rstrip("0123456789"), isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if kinds not in (*KINDS, "layer") or kinds == name or not number or not 0 < factor < math.inf:
+            raise ValueError(
+                f"{path}: its scale of {brief(name)} is {brief(factor)}; expected a number above 0; search again"
+            )
+        passes[int(name.removeprefix(kinds)), KINDS if kinds == "layer" else (kinds,)] = float(factor)
+    return passes
+
+
+def held_passes(passes):
+    """Return passes as an order file holds them: by the name of a block, or of a layer for both its blocks."""
+    return {f"{kinds[0] if len(kinds) == 1 else 'layer'}{i}": factor for (i, kinds), factor in passes.items()}
 
 
 def check_order(order, n_layers, path, meta=()):

@@ -132,6 +132,14 @@ def add_rule_flags(parser):
         help="a share that must go as well, such as kv=0.25; may be repeated",
     )
     parser.add_argument(
+        "--pass",
+        dest="passes",
+        choices=("nothing", "scale"),
+        default="nothing",
+        help="what a removed block does to the stream, in the search and in what comes out; scale: multiply it by what "
+        "the block made it grow, at no cost",
+    )
+    parser.add_argument(
         "--refine",
         choices=("none", "swaps", "evolve"),
         default="none",
@@ -144,6 +152,16 @@ def add_rule_flags(parser):
         metavar="N",
         help="passes of the whole text for --refine, at most; until it ends by itself when absent",
     )
+
+
+def replayed(args, meta, removed, decoder):
+    """Return the Edit of these removals: with the scales that the order was searched with folded into later weights."""
+    from lib.edits import Edit
+    from lib.orders import passes_in
+    from lib.repair.scale import folded
+
+    passes = passes_in(meta, args.ppl_search_file)
+    return folded(decoder, removed, passes) if passes and removed else Edit(tuple(removed))
 
 
 def budget(text):
@@ -270,7 +288,7 @@ def check_removals(args, order, meta, bare):
     from lib.candidates import enough
     from lib.decoder import block_parameters, find_layers
     from lib.model import check_whole, parameter_count
-    from lib.orders import check_order, fewest, first
+    from lib.orders import check_order, fewest, first, passes_in
 
     layers = find_layers(bare)
     if not args.ppl_search_file:
@@ -278,6 +296,7 @@ def check_removals(args, order, meta, bare):
     with naming(getattr(args, "model_flag", "--model-path")):
         check_whole(bare.config, args.model_path)
     check_order(order, len(layers), args.ppl_search_file, meta)
+    passes_in(meta, args.ppl_search_file)
     size, number = 2 if meta.get("block_type") == "layer" else 1, args.del_block_num or 0
     if args.target_ratio is not None:
         total = parameter_count(bare)

@@ -28,7 +28,7 @@ def test_a_rule_and_a_budget_reach_the_order_file(search, tmp_path):
     assert "_per-parameter_" in path.name and meta["rule"] == "per-parameter"
     assert meta["budgets"] == [["parameters", 0.2], ["kv", 0.5]]
     assert sum(block.kind == "mha" for block in order) >= 2 and meta["steps"][-1]["removed_percent"] >= 20
-    assert "rule          per-parameter, cost parameters, 50 % of kv; refined by none" in run.out
+    assert "rule          per-parameter, cost parameters, 50 % of kv; refined by none; pass nothing" in run.out
 
 
 def test_the_dry_run_says_what_is_reachable(search):
