@@ -60,6 +60,7 @@ def parse_args(argv=None):
         help="cached: the exact order, shared work; race: approximate, faster; exhaustive: the paper's",
     )
     flags.add_engine_flags(parser)
+    flags.add_audit_flag(parser)
     flags.add_rule_flags(parser)
     parser.add_argument(
         "--offload",
@@ -137,6 +138,7 @@ def open_search(args):
         refine=args.refine,
         evaluations=args.refine_evaluations,
         passes=args.passes,
+        audit=args.race_audit,
     )
     try:
         job = open_job(settings, text, bare, args.ppl_search_path, args.overwrite)
@@ -169,6 +171,8 @@ def check_flags(args):
     for flag, value in chosen.items():
         if kind != "searched" and value not in ("cached", "streamed", "lowest", "none", "nothing"):
             raise ValueError(f"--{flag} {value}: --metric {args.metric} does not search; drop --{flag}")
+    if args.race_audit and args.search != "race":
+        raise ValueError("--race-audit: nothing races; add --search race, or drop it")
     if args.metric == "taylor" and args.offload:
         raise ValueError("--metric taylor: needs gradients, which offloaded layers do not have; drop --offload")
     if args.budget and args.del_block_num:

@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     count; seconds: where it is latency. budgets: pairs (name of a cost, share that must go), beside ratio. refine: what
     lib.refine makes of the order: "none", "swaps", or "evolve", which takes no order but random sets; evaluations: of
     the whole text at most, for that. passes: what a removed block adds to the stream, "nothing", or "scale", which
-    multiplies it by what the block made it grow (lib.repair.scale).
+    multiplies it by what the block made it grow (lib.repair.scale). audit: whether a race is followed by all losses.
     """
 
     model: str
@@ -66,6 +66,7 @@ class Settings(NamedTuple):
     refine: str = "none"
     evaluations: int | None = None
     passes: str = "nothing"
+    audit: bool = False
 
 
 # Facts of an order file that must be the same for it to be continued. Exact engines give the same order.
@@ -355,10 +356,10 @@ def _removals(job, decoder, cache_bytes, progress):
         engine = _engine(job, decoder, cache_bytes)
         done = job.order if c.size == 1 else [Block("layer", i) for _, i in job.order[:: c.size]]
         confidence = settings.race_confidence if racing else math.inf
-        for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress, job.cost, c.serves):
+        how = {"cost": job.cost, "serves": c.serves, "audit": settings.audit}
+        for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress, **how):
             known = step._asdict()
-            if step.prices is None:
-                known.pop("prices")
+            known = {key: value for key, value in known.items() if value is not None or key not in ("prices", "audit")}
             known = {"block": known.pop("block"), "perplexity": known.pop("score"), **known}
             yield step.block, known | ({} if settings.metric == "ppl" else {"score": step.score, "perplexity": None})
         return
@@ -462,6 +463,10 @@ def told(job, unit, step):
         f"{len(job.order):4d}/{job.candidates.most}  {unit!s:7s} {score}  removed {step['removed_percent']:6.2f} %  "
         f"{step['seconds']:7.1f} s"
     ]
+    if unseen := sum(not n for n in (step.get("windows") or {}).values()):
+        lines[0] += f"  {unseen} not looked at"
+    if step.get("audit", unit) != unit:
+        lines.append(f"audit: the race chose {unit}; on all windows {step['audit']} is ahead")
     bad = [str(b) for b, s in step["scores"].items() if not math.isfinite(s)]
     return lines + [f"warning: {metric} not finite without {', '.join(bad)}: never removed in this step"] * bool(bad)
 

@@ -106,6 +106,12 @@ def add_engine_flags(parser):
     )
 
 
+def add_audit_flag(parser):
+    parser.add_argument(
+        "--race-audit", action="store_true", help="race: score everything after all, and say where it chose otherwise"
+    )
+
+
 def add_rule_flags(parser):
     """The flags that say which blocks a search prefers, how much must go, and what becomes of the set in the end."""
     parser.add_argument(

@@ -36,7 +36,7 @@ def refined(engine, units, start, fits, **options):
     return after[-1].removed if after else frozenset(start)
 
 
-def trained(seed, layers=5, steps=60):
+def trained(seed, layers=5, steps=60, windows=4):
     """Return a toy trained a little, and windows of its text, in which a token mostly follows from the two before.
 
     Blocks of a trained model need each other; of random weights each alone can be judged, and no search can miss.
@@ -53,7 +53,7 @@ def trained(seed, layers=5, steps=60):
         model(input_ids=some, labels=some).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval(), ids[:4]
+    return model.eval(), ids[:windows]
 
 
 def test_swaps_end_in_the_best_set_of_all():

@@ -9,14 +9,15 @@ import torch
 from families import TOYS, V, toy
 from memory import in_fresh_process, linux_only
 from searching import cached, exhaustive, race
+from test_refine import trained
 
 from lib.blocks import Block
 from lib.costs import counted
 from lib.decoder import Decoder, block_parameters, find_layers
-from lib.engines import Cached, Exhaustive, Streamed
+from lib.engines import Cached, Exhaustive, Streamed, judge
 from lib.evaluate import Objective, dense_logits, last_states, next_token, perplexity, window_losses
 from lib.memory import HOST, Store
-from lib.search import NoFiniteCandidate, greedy, price, spread
+from lib.search import NoFiniteCandidate, far_behind, greedy, price, spread
 from lib.trajectories import Keeping, Trajectories
 
 EVERY = [*TOYS, "baichuan"]
@@ -179,8 +180,9 @@ def test_race_skips_what_it_drops():
     windows = torch.randint(V, (12, 24), generator=torch.Generator().manual_seed(2))
     everything = list(cached(decoder, blocks, windows, 3, batch_size=1))
     raced = list(race(decoder, blocks, windows, 3, batch_size=1, confidence=1.0))
-    for step in raced:
-        assert step.head_forwards == sum(step.windows.values()), "a head forward for each window seen, no more"
+    for k, step in enumerate(raced):
+        base = 0 if k else len(windows)  # the dense model, above which the first rises are taken
+        assert step.head_forwards == base + sum(step.windows.values()), "a head forward for each window seen, no more"
         assert step.windows[step.block] == len(windows), "the winner has seen every window"
         assert min(step.windows.values()) < len(windows)
     assert sum(s.block_forwards for s in raced) < sum(s.block_forwards for s in everything)
@@ -234,7 +236,7 @@ def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
     expected = next(exhaustive(decoder, blocks, WINDOWS, 1, (), 1, None, objective))
     assert expected.scores[leader] == math.inf and step.block != leader
     assert (step.block, step.scores) == (expected.block, expected.scores)
-    assert set(step.windows.values()) == {5} and step.head_forwards == 30, "no window is scored twice"
+    assert set(step.windows.values()) == {5} and step.head_forwards == 5 + 30, "no window is scored twice"
     assert sum(windows for windows, _, _ in seen) == 30
 
 
@@ -420,15 +422,43 @@ def test_a_price_of_what_lowers_the_loss_comes_first():
     assert of(0.9, 0.01) == of(0.9, 0.02) < of(1.0, 0.01) == 0 < of(1.0001, 0.5)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_race_for_prices_without_confidence_limits_decides_as_without_a_race(seed):
-    decoder = Decoder(toy("llama", seed))
+@pytest.mark.parametrize("seed", range(4))
+def test_a_race_for_prices_decides_as_without_a_race(seed):
+    model, windows = trained(seed, layers=4, windows=12)
+    decoder = Decoder(model)
     units, cost = decoder.blocks("mix"), counted("parameters", decoder.model, decoder.layers)
-    windows = torch.randint(V, (12, 24), generator=torch.Generator().manual_seed(seed))
     exact = list(greedy(Cached(decoder, units, windows, 1), units, 4, cost=cost))
-    raced = list(greedy(Cached(decoder, units, windows, 1), units, 4, confidence=3.0, cost=cost))
-    assert [s.block for s in raced] == [s.block for s in exact]
+    raced = list(greedy(Cached(decoder, units, windows, 1), units, 4, confidence=3.0, cost=cost, audit=True))
+    assert [s.block for s in raced] == [s.block for s in exact] == [s.audit for s in raced]
     assert any(n < 12 for s in raced for n in s.windows.values())
+
+
+def test_who_was_far_behind_the_last_time_is_not_looked_at_and_the_rest_is():
+    memory = {Block("mlp", i): (rise, 0.01) for i, rise in enumerate((0.1, 0.2, 0.25, 0.3, 0.5))}
+    # from the leader's 0.12, twice that; an error of 0.01 counts twice
+    assert {block.layer for block in far_behind(0.12, memory)} == {3, 4}
+    assert {block.layer for block in far_behind(0.15, memory)} == {4}
+    # a leader that costs little: half of the way from 0.1 to the median of 0.25
+    assert {block.layer for block in far_behind(0.02, memory)} == {1, 2, 3, 4}
+    noisy = {**memory, Block("mlp", 4): (0.5, 0.2)}
+    assert Block("mlp", 4) not in far_behind(0.12, noisy)
+
+
+def test_a_race_remembers_counts_whom_it_passed_over_and_an_audit_tells_when_it_was_wrong():
+    model, windows = trained(1, layers=6, windows=12)
+    decoder = Decoder(model)
+    units = decoder.blocks("mix")
+    steps = list(greedy(Cached(decoder, units, windows, 1), units, 4, confidence=3.0, audit=True))
+    unseen = [[unit for unit, n in step.windows.items() if not n] for step in steps]
+    assert not unseen[0] and any(unseen[1:])
+    for step, some in zip(steps, unseen, strict=True):
+        assert set(some).isdisjoint(step.scores) and step.windows[step.block] == 12
+    done, engine = [], Cached(decoder, units, windows, 12)
+    for step in steps:
+        left = [unit for unit in units if unit not in done]
+        scores = judge(engine, left, done)
+        assert step.audit == min(left, key=scores.get)
+        done.append(step.block)
 
 
 def test_what_frees_nothing_of_the_cost_is_no_candidate():
