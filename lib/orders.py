@@ -80,10 +80,16 @@ def first(order, meta, number, path="the order"):
 
 
 def fewest(order, meta, enough):
-    """Return how many removals of a file reach what is asked for, None where none do; enough: as in lib.candidates."""
+    """Return how many removals of a file reach what is asked for, None where none do; enough: as in lib.candidates.
+
+    Where sets are not nested, that is a part of the greedy order only where less is asked for than it was made for.
+    """
     if meta.get("nested") is False:
-        before = enough([Block(*block) for block in meta["order"]][: len(order) - 1])
-        return before if before is not None else len(order) if enough(order) is not None else None
+        before = [Block(*block) for block in meta["order"]]
+        k = enough(before)
+        if k is None or k >= min(len(before), len(order)):
+            return None if enough(order) is None else len(order)
+        return k
     return enough(order)
 
 
