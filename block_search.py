@@ -139,6 +139,7 @@ def open_search(args):
         evaluations=args.refine_evaluations,
         passes=args.passes,
         audit=args.race_audit,
+        kl_top_k=args.kl_top_k or None,
     )
     try:
         job = open_job(settings, text, bare, args.ppl_search_path, args.overwrite)

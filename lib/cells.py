@@ -159,7 +159,7 @@ def shared(bench, cell):
     return {
         "model": model,
         **{key: getattr(s, key) for key in ("dtype", "device", "search", "batch_size")},
-        "calibration": bench.calibration.about["text_sha256"],
+        "calibration": calibration_of(bench, cell).about["text_sha256"],
     }
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from lib.blocks import KINDS, Block, blocks_of
 from lib.families import FAMILIES
-from lib.losses import cross_entropy, divergence
+from lib.losses import cross_entropy, divergence, top_divergence, top_logs
 from lib.repeated import Repeated
 
 HEAD_TOKENS = 512  # tokens per head call on a CPU: full logits of a batch never exist at once
@@ -201,6 +201,26 @@ class Decoder:
         pairs = zip(self._head_slices(h, T), self._head_slices(dense, T), strict=True)
         with self._only_head() as head:
             losses = [divergence(head(y), head(x)) for x, y in pairs]
+        return torch.cat(losses).view(B, T).cpu()
+
+    @torch.inference_mode()
+    def top_logs(self, h, k):
+        """Return the most likely tokens of every position of h (B, T, H), as lib.losses.top_logs, in pieces."""
+        B, T, _ = h.shape
+        self.counts["head"] += B
+        with self._only_head() as head:
+            return [top_logs(head(x), k) for x in self._head_slices(h, T)]
+
+    @torch.inference_mode()
+    def top_divergences(self, h, teacher):
+        """Return lib.losses.top_divergence for every position, (B, T) on the CPU; teacher: what `top_logs` returned."""
+        B, T, _ = h.shape
+        self.counts["head"] += B
+        with self._only_head() as head:
+            losses = [
+                top_divergence(logs, tokens, head(x))
+                for x, (logs, tokens) in zip(self._head_slices(h, T), teacher, strict=True)
+            ]
         return torch.cat(losses).view(B, T).cpu()
 
     @property

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
     lib.refine makes of the order: "none", "swaps", or "evolve", which takes no order but random sets; evaluations: of
     the whole text at most, for that. passes: what a removed block adds to the stream, "nothing", or "scale", which
     multiplies it by what the block made it grow (lib.repair.scale). audit: whether a race is followed by all losses.
+    kl_top_k: tokens of the dense model that the metric kl compares one by one, None for all.
     """
 
     model: str
@@ -67,13 +68,14 @@ class Settings(NamedTuple):
     evaluations: int | None = None
     passes: str = "nothing"
     audit: bool = False
+    kl_top_k: int | None = 512
 
 
 # Facts of an order file that must be the same for it to be continued. Exact engines give the same order.
 DECIDING = (
     "model metric block_type protect_first protect_last window dataset split text_column seed documents seqlen "
     "batch_size dtype device approximate race_confidence text_sha256 weights bos rule cost seconds budgets refine "
-    "amount pass"
+    "amount pass kl_top_k"
 ).split()
 BEFORE = {  # what files without them mean
     "metric": "ppl",
@@ -88,6 +90,7 @@ BEFORE = {  # what files without them mean
     "refine": "none",
     "amount": None,
     "pass": "nothing",
+    "kl_top_k": None,
 }
 
 
@@ -341,8 +344,10 @@ def summary(job):
 def _engine(job, decoder, cache_bytes):
     s = job.settings
     options = {} if s.search == "exhaustive" else {"cache_bytes": cache_bytes}
-    made, metric = ENGINES["cached" if s.search == "race" else s.search], METRICS[s.metric]
-    return made(decoder, job.candidates.units, job.text.windows, s.batch_size, metric.function, **options)
+    made, objective = ENGINES["cached" if s.search == "race" else s.search], METRICS[s.metric].function
+    if s.metric == "kl":
+        objective = functools.partial(objective, top=s.kl_top_k)
+    return made(decoder, job.candidates.units, job.text.windows, s.batch_size, objective, **options)
 
 
 def _removals(job, decoder, cache_bytes, progress):
@@ -407,6 +412,7 @@ def _describe(settings, text, chosen):
         "cost": s.cost if s.rule != "lowest" else None,
         "seconds": s.seconds and [s.seconds.mha, s.seconds.mlp, s.seconds.rest],
         "budgets": _serving(s),
+        "kl_top_k": s.kl_top_k if s.metric == "kl" else None,
         "pass": s.passes,
         "refine": s.refine,
         "amount": None if s.refine == "none" else [s.number, s.ratio, [list(pair) for pair in s.budgets]],

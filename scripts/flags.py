@@ -127,6 +127,12 @@ def add_rule_flags(parser):
         help="what --rule per-parameter divides by and --target-ratio counts; kv: bytes of cache a token",
     )
     parser.add_argument(
+        "--kl-top-k",
+        type=count,
+        default=512,
+        help="--metric kl: the dense model's likeliest tokens compared one by one, all others as one; 0: exact",
+    )
+    parser.add_argument(
         "--cost-file", default=None, help="seconds of one attention and one MLP, from scripts.bench_model --cost-file"
     )
     parser.add_argument(

@@ -202,6 +202,7 @@ def test_several_draws_of_the_calibration_text_are_rows_of_their_own_and_means_i
         *(("blockpruner", 42), ("blockpruner", 43), ("bi", 42), ("bi", 43)),
         *(("random", seed) for seed in (0, 1, 2)),
     ]
+    assert [row["failed"] for row in rows] == [None] * 7
     first, second = (row["perplexity"]["text"]["value"] for row in rows[:2])
     assert first != second and rows[0]["order_file"] != rows[1]["order_file"]
     assert summary["settings"]["cal_seeds"] == [42, 43] and "blockpruner (2 seeds)" in run.out

@@ -1,5 +1,6 @@
 """Swaps against every set there is, on toys small enough to try them all."""
 
+import functools
 import itertools
 import math
 import random
@@ -14,6 +15,7 @@ from lib.costs import Budget, counted
 from lib.decoder import Decoder
 from lib.engines import Cached, Exhaustive, Streamed
 from lib.evaluate import dense_logits, next_token, perplexity, window_losses
+from lib.losses import top_divergence, top_logs
 from lib.refine import evolve, mutated, swaps
 from lib.search import greedy
 
@@ -91,6 +93,31 @@ def test_evolution_comes_near_the_best_set_is_seeded_and_keeps_the_budget():
     scores = sorted(truth(engine, minimal).values())
     assert runs[0][-1].score <= scores[len(scores) // 50], "among the best 2 % of all sets"
     assert runs[0][-1].score == truth(engine, [runs[0][-1].removed])[runs[0][-1].removed]
+
+
+def test_divergence_from_the_most_likely_tokens_is_a_bound_and_exact_with_all():
+    draw = torch.Generator().manual_seed(0)
+    logits, others = torch.randn(50, V, generator=draw) * 3, torch.randn(50, V, generator=draw) * 3
+    wanted = torch.nn.functional.kl_div(
+        others.double().log_softmax(-1), logits.double().log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    assert torch.allclose(top_divergence(*top_logs(logits.double(), V), others.double()), wanted)
+    few, some = (top_divergence(*top_logs(logits, k), others).double() for k in (4, 40))
+    assert (few <= some + 1e-5).all() and (some <= wanted + 1e-5).all() and (some > 0.9 * wanted).all()
+    p, q = logits[0].double().softmax(-1), others[0].double().softmax(-1)  # by hand: four tokens, and all the others
+    top = p.topk(4).indices
+    parts = [(p[i], q[i]) for i in top] + [(1 - p[top].sum(), 1 - q[top].sum())]
+    assert few[0].item() == pytest.approx(sum((a * (a / b).log()).item() for a, b in parts), rel=1e-4)
+
+
+def test_a_search_for_the_divergence_runs_each_head_once():
+    decoder = Decoder(toy("llama"))
+    units, counts = decoder.blocks("mix"), []
+    for top in (None, V - 10):
+        engine = Cached(decoder, units, WINDOWS, 2, functools.partial(dense_logits, top=top))
+        (step,) = greedy(engine, units, 1)
+        counts.append((step.block, step.head_forwards))
+    assert counts == [(counts[0][0], 2 * 6 * len(units)), (counts[0][0], 6 * len(units))]
 
 
 def test_evolution_exchanges_like_for_like_where_a_number_is_asked_for():
