@@ -20,7 +20,7 @@ import sys
 import time
 from datetime import timedelta
 
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -82,10 +82,17 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
+    flags.join_ranks(parser)
+    with contextlib.ExitStack() as stack:
+        search(parser, args, stack)
+
+
+def search(parser, args, stack):
     with parser.user_errors():  # everything that can fail fails before weights are read
-        job, decoder = open_search(args)
+        job, decoder = open_search(args, stack)
     if decoder is None:
         print(f"nothing to do: {job.path} holds {len(job.order)} removals searched with these settings")
+        draw(job, missing=True)
         return print_summary(job)
     print_header(args, job, decoder)
     dense, seconds = measure_dense(args, job, decoder)
@@ -97,8 +104,8 @@ def main(argv=None):
     before = len(job.order)
     cache_bytes = None if args.cache_gb is None else int(args.cache_gb * 2**30)
     with stopped(args, job, searching=True), flags.progress(job.evaluations * len(job.text.windows)) as bar:
-        for unit, step in steps(job, decoder, dense, cache_bytes, bar.advance):
-            for line in told(job, unit, step):
+        for unit, step in steps(job, decoder, dense, cache_bytes, bar.advance, ending.check):
+            for line in [*told(job, unit, step), *notes_of(decoder)]:
                 bar.write(line)
         for swap in refinements(job, decoder, cache_bytes):
             bar.write(told_swap(job, swap))
@@ -108,9 +115,20 @@ def main(argv=None):
     print_summary(job)
 
 
-def open_search(args):
-    """Return (Job, Decoder or None where the order is there already); raise ValueError for whatever cannot work."""
+def notes_of(decoder):
+    """Return what the decoder has to say to people, once."""
+    lines = [f"note          {line}" for line in decoder.notes]
+    decoder.notes.clear()
+    return lines
+
+
+def open_search(args, stack):
+    """Return (Job, Decoder or None where the order is there already); raise ValueError for whatever cannot work.
+
+    The order file is this process's until `stack` is closed.
+    """
     from lib.candidates import WrongAmount
+    from lib.files import own
     from lib.job import Settings, Taken, check_decoder, open_job
 
     check_flags(args)
@@ -142,7 +160,8 @@ def open_search(args):
         kl_top_k=args.kl_top_k or None,
     )
     try:
-        job = open_job(settings, text, bare, args.ppl_search_path, args.overwrite)
+        hold = None if args.dry_run else lambda path: flags.note(stack.enter_context(own(path)))
+        job = open_job(settings, text, bare, args.ppl_search_path, args.overwrite, hold)
     except WrongAmount as error:
         flag = {"number": "--del-block-num", "ratio": "--target-ratio"}.get(
             error.what, "--protect-first, --protect-last:"
@@ -185,6 +204,8 @@ def check_flags(args):
 
 
 def print_header(args, job, decoder):
+    from lib.job import journaled
+
     how = f"engine {args.search}" if job.searched else "judged at once"
     flags.print_opened(args, job.text, decoder, f", metric {args.metric}, {how}")
     c = job.candidates
@@ -196,15 +217,19 @@ def print_header(args, job, decoder):
         print(f"rule          {args.rule}, cost {args.cost}{budgets}; refined by {args.refine}; pass {args.passes}")
     if job.order:
         print(f"resuming      {len(job.order)} removals are done: {' '.join(map(str, job.order))}")
+    if kept := journaled(job):
+        every = (len(c.units) - len(job.order) // c.size) * -(-len(job.text.windows) // args.ppl_eval_batch_size)
+        print(f"resuming      {kept:,} of {every:,} batches of candidates of removal {len(job.order) + 1} are kept")
 
 
 def measure_dense(args, job, decoder):
     """Return the dense model's perplexity on the calibration text, and the seconds that took."""
-    from lib.evaluate import perplexity, window_losses
+    from lib.evaluate import perplexity
+    from lib.ranks import shared_losses
 
     start = time.perf_counter()
     with stopped(args, job):
-        dense = perplexity(window_losses(decoder, job.text.windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
+        dense = perplexity(shared_losses(decoder, job.text.windows, args.ppl_eval_batch_size), args.ppl_eval_seqlen)
     seconds = time.perf_counter() - start
     print(f"dense         perplexity {dense:.4f}, one evaluation takes {seconds:.2f} s")
     if not math.isfinite(dense) and not args.dry_run:
@@ -244,7 +269,13 @@ def stopped(args, job, searching=False):
     from lib.search import NoFiniteCandidate
 
     try:
-        yield
+        with ending.later() if searching and job.searched else contextlib.nullcontext():
+            yield
+    except ending.Stopped as stop:
+        stop.kept = f"{len(job.order)} removals are in {job.path}"
+        if searching and job.searched:
+            stop.kept += ", what is known of the next beside it: the same command goes on from there"
+        raise
     except NoFiniteCandidate as error:
         sys.exit(
             f"block_search.py: error: step {len(job.order) + 1}: {error}; the {len(job.order)} removals before it "
@@ -265,13 +296,22 @@ def stopped(args, job, searching=False):
         )
 
 
-def draw(job):
-    """Draw the candidates' scores and what went, beside the order; without matplotlib, say so."""
-    from lib.report.pictures import draw_order
+def draw(job, missing=False):
+    """Draw the candidates' scores and what went, beside the order; missing: only where one of them is not there.
 
+    Where matplotlib or room for them is missing, say so.
+    """
+    from lib.files import NotWritten
+    from lib.ranks import join
+    from lib.report.pictures import draw_order, pictures_of
+
+    if join()[0] or missing and all(path.exists() for path in pictures_of(job.path, job.meta)):
+        return
     try:
         for picture in draw_order(job.path, job.order, job.meta):
             print(f"picture       {picture}")
+    except NotWritten as error:
+        print(f"note          no pictures: {error}; python -m scripts.report {job.path} draws them later")
     except ImportError:
         print(f"note          no pictures: pip install matplotlib, then python -m scripts.report {job.path}")
 
@@ -285,4 +325,4 @@ def print_summary(job):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

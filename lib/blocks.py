@@ -8,6 +8,7 @@ from reprlib import repr as brief
 from typing import NamedTuple
 
 KINDS = ("mha", "mlp")
+MOST_LAYERS = 1024  # of a model: a larger number in a file is damage, and would be built for minutes
 
 
 class Block(NamedTuple):

@@ -24,13 +24,14 @@ from lib.candidates import candidates
 from lib.data import Text
 from lib.decoder import Decoder
 from lib.evaluate import perplexity, window_losses
-from lib.files import write_json
+from lib.files import NotWritten
 from lib.job import Settings, check_decoder, open_job, refinements, steps, told, told_swap
 from lib.measure import cache_without, generate, interleaved, spread
 from lib.methods import LACO_WINDOWS, METHODS, settings_for
 from lib.orders import passes_in
 from lib.repair.scale import folded
-from lib.tasks import zero_shot
+from lib.schema import read, write
+from lib.tasks import rows_key, zero_shot
 
 PROMPT, NEW, REPEATS = 512, 32, 5  # of the speed: tokens read and written, turns taken
 SPEED = f"speed {PROMPT} + {NEW} tokens"
@@ -96,7 +97,8 @@ def calibration_of(bench, cell):
 def fill(bench, cell):
     """Return (row of lib.report.tables, {text: loss sums}, how many measurements were made now) of a cell.
 
-    Whatever a cell meets, its file included, becomes the row's failure: the other cells go on.
+    Whatever a cell meets, its file included, becomes the row's failure: the other cells go on. Raises NotWritten where
+    nothing can be kept.
     """
     kept, new, failed = {"measured": {}, "seconds": {}}, 0, None
     try:
@@ -106,24 +108,28 @@ def fill(bench, cell):
             start = time.perf_counter()
             kept |= remove(bench, cell)
             kept["seconds"]["removal"] = time.perf_counter() - start
-            write_json(path, kept)
+            write(path, "cell", kept)
         same = bench.found.setdefault(json.dumps([sorted(kept["removed"]), kept.get("merged"), kept.get("passes")]), {})
         if copied := {key: same[key] for key in wanted if key in same and key not in kept["measured"]}:
             kept["measured"] |= copied
-            write_json(path, kept)
+            write(path, "cell", kept)
         missing = [key for key in wanted if key not in kept["measured"]]
         with weights_of(bench, kept) if missing else contextlib.nullcontext():
             for key in missing:
                 start = time.perf_counter()
                 try:
                     kept["measured"][key] = wanted[key](removed_blocks(kept))
+                except NotWritten:
+                    raise
                 except Exception as error:  # the other measurements go on, and are kept
                     failed = failed or reason(error)
                     continue
                 kept["seconds"][key] = time.perf_counter() - start
-                write_json(path, kept)
+                write(path, "cell", kept)
                 new += 1
         same |= kept["measured"]
+    except NotWritten:
+        raise
     except Exception as error:
         failed = reason(error)
     return row_of(bench, cell, kept, failed), losses_of(bench, kept), new
@@ -143,13 +149,13 @@ def open_cell(bench, cell):
         deciding |= {"changes": method.changes} if method.variant is None else {"laco": [method.variant, LACO_WINDOWS]}
     name = f"{str(cell).replace(' ', '_')}_{cell.ratio:g}_{digest(deciding)}.json"
     path = bench.folder / "cells" / name
-    try:
-        return path, json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         settings = {**deciding, "model": bench.settings.model, "weights": bench.weights}
         return path, {"settings": settings, "measured": {}, "seconds": {}}
+    try:
+        return path, read(path, "cell")
     except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it, and this cell is measured again") from None
+        raise ValueError(f"{error}; remove it, and this cell is measured again") from None
 
 
 def shared(bench, cell):
@@ -266,10 +272,7 @@ def text_key(text):
 
 
 def task_key(tasks, task):
-    rows = "hub"
-    if tasks.data is not None:
-        rows = hashlib.sha256((Path(tasks.data).expanduser() / f"{task}.jsonl").read_bytes()).hexdigest()[:12]
-    return f"task {task} {rows} limit {tasks.rows(task)} shots {tasks.num_fewshot}"
+    return f"task {task} {rows_key(task, tasks.data)} limit {tasks.rows(task)} shots {tasks.num_fewshot}"
 
 
 def run_task(bench, task, removed):

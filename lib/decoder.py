@@ -17,6 +17,7 @@ Methods that remove whole layers name one as Block("layer", i): both its branche
 
 import contextlib
 import inspect
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from torch import nn
 from lib.blocks import KINDS, Block, blocks_of
 from lib.families import FAMILIES
 from lib.losses import cross_entropy, divergence, top_divergence, top_logs
-from lib.repeated import Repeated
+from lib.repeated import Repeated, with_tensors
 
 HEAD_TOKENS = 512  # tokens per head call on a CPU: full logits of a batch never exist at once
 HEAD_LOGITS = 2**26  # logits per head call on a GPU, where short calls wait for Python more than they compute
@@ -51,6 +52,8 @@ class Decoder:
     the state between the two exists (not so where the branches are parallel).
     passes: {(layer, kinds that are off): factor}, by which a removed block, or both of a layer where it does not split,
     multiply the stream in `run`; empty, they pass it as it is. See `passing`.
+    rows: windows that a layer or the head is given at once; a full memory halves them, and says so in `notes`, lines
+    for people. on_full: a weak reference to a function that gives memory back first, and returns whether it had any.
     """
 
     def __init__(self, model):
@@ -62,6 +65,7 @@ class Decoder:
         self.passes = {}
         self._parts = [_find_parts(layer, self.family) for layer in self.layers]
         self._repeated = Repeated()
+        self.rows, self.notes, self.on_full = math.inf, [], lambda: None
         self.split = self._prove()
 
     @property
@@ -115,7 +119,12 @@ class Decoder:
             return h
         for kind in kinds:
             self.counts[kind] += len(h)
-        return self.step(i, kinds, h, stream.calls[i])
+
+        def some(rows):
+            call = with_tensors(stream.calls[i], lambda tensor: _rows(tensor, rows, len(h)))
+            return self.step(i, kinds, h[rows], call)
+
+        return self._fitting(len(h), lambda: self.step(i, kinds, h, stream.calls[i]), some)
 
     def _run_passing(self, i, kinds, h, stream):
         """As `run`, each step of the layer times its factor of `passes` where something of it is off."""
@@ -145,6 +154,31 @@ class Decoder:
             if weights:
                 return _tensor(torch.func.functional_call(self.layers[i], weights, (h, *args), kwargs))
             return _tensor(self.layers[i](h, *args, **kwargs))
+
+    def _fitting(self, B, whole, some):
+        """Return whole(), or where memory is full, some(rows) of parts of the B rows, joined.
+
+        What `on_full` can give back is tried first. Raises torch.OutOfMemoryError where one row does not fit.
+        """
+        while True:
+            size = min(B, self.rows)
+            try:
+                return (
+                    whole() if size == B else torch.cat([some(slice(k, min(B, k + size))) for k in range(0, B, size)])
+                )
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                    raise
+                reason = str(error)  # the error itself would keep alive what the failed call had
+            free = self.on_full()
+            if free and free():
+                continue
+            if size == 1:
+                raise torch.OutOfMemoryError(reason)
+            self.rows = size // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.notes.append(f"memory is full: windows are run {self.rows} at a time from here, which is slower")
 
     @contextlib.contextmanager
     def resident(self, i):
@@ -182,8 +216,11 @@ class Decoder:
         h: (B, T, H) after the last layer; ids: (B, T). Computed from the model's own logits, slice
         by slice: full logits never exist at once.
         """
+        self.counts["head"] += len(h)
+        return self._fitting(len(h), lambda: self._losses(h, ids), lambda rows: self._losses(h[rows], ids[rows]))
+
+    def _losses(self, h, ids):
         B, T, _ = h.shape
-        self.counts["head"] += B
         slices = self._head_slices(h[:, :-1], T)
         targets = ids[:, 1:].flatten().to(h.device).split([x.shape[:2].numel() for x in slices])
         with self._only_head() as head:
@@ -196,8 +233,13 @@ class Decoder:
 
         h, dense: (B, T, H) after the last layer. Both heads run slice by slice: neither's logits are kept.
         """
+        self.counts["head"] += 2 * len(h)
+        return self._fitting(
+            len(h), lambda: self._divergences(h, dense), lambda rows: self._divergences(h[rows], dense[rows])
+        )
+
+    def _divergences(self, h, dense):
         B, T, _ = h.shape
-        self.counts["head"] += 2 * B
         pairs = zip(self._head_slices(h, T), self._head_slices(dense, T), strict=True)
         with self._only_head() as head:
             losses = [divergence(head(y), head(x)) for x, y in pairs]
@@ -458,6 +500,14 @@ def _split_call(args, kwargs):
         return args[0], args[1:], kwargs
     kwargs = dict(kwargs)
     return kwargs.pop("hidden_states"), args, kwargs
+
+
+def _rows(tensor, rows, B):
+    """Return the part of a layer's argument that belongs to some windows, a slice, of B; all of what all share."""
+    if tensor.dim() < 2 or B == 1:
+        return tensor
+    n = len(tensor) // B if tensor.dim() == 3 and tensor.shape[1] == 1 else 1  # ALiBi's slopes: a row a window and head
+    return tensor[rows.start * n : rows.stop * n] if len(tensor) == n * B else tensor
 
 
 def _tensor(output):

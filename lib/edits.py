@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
+
 NOTHING = MappingProxyType({})
 
 
@@ -21,9 +23,9 @@ class Edit(NamedTuple):
     """removed: blocks, in the order of their removal. tensors: {name in the checkpoint: tensor, or function that loads
     it}, of the shape of what it replaces. matrices: {kept block behind removed ones: A (H, H)}, the stream h (..., H)
     that enters it becomes h + h A; only the format hf holds them. config: {field of the configuration: value}. about:
-    how the edit was made, as JSON has it, with its "method"; goes into an export's pruning_info.
-
-    Per-layer widths will be a field of their own here, since they change shapes, and few formats can hold them.
+    how the edit was made, as JSON has it, with its "method"; goes into an export's pruning_info. widths:
+    {Block("mlp", i): channels that its MLP keeps, Block("mha", i): key-value heads}; tensors of these blocks have
+    shapes of their own, and may be a bias that there was not.
     """
 
     removed: tuple = ()
@@ -31,6 +33,11 @@ class Edit(NamedTuple):
     config: Mapping = NOTHING
     matrices: Mapping = NOTHING
     about: Mapping = NOTHING
+    widths: Mapping = NOTHING
+
+    def kept(self, kind):
+        """Return {layer: channels} of the narrowed MLPs that stay, or {layer: key-value heads} for kind "mha"."""
+        return {i: n for (k, i), n in self.widths.items() if k == kind and (k, i) not in set(self.removed)}
 
     def load(self, name):
         """Return a replaced tensor."""
@@ -58,8 +65,19 @@ def replaced(decoder, edit):
 
     Nothing is copied but these. Raises ValueError for a name that the model in memory has not, and for other shapes.
     """
+    model = decoder.model
+    there = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    narrow = {id(p) for p in decoder.parameters(edit.widths)}
     with contextlib.ExitStack() as stack:
-        for parameter, tensor in _pairs(decoder.model, edit):
+        for name in edit.tensors:
+            tensor, owner = edit.load(name), None if name in there or not edit.widths else _no_bias(model, name)
+            if owner is not None:
+                stack.callback(setattr, owner, "bias", None)
+                owner.bias = torch.nn.Parameter(tensor.to(owner.weight.device), requires_grad=False)
+                continue
+            parameter = there[name_in(there, name, model)]
+            if id(parameter) not in narrow:
+                check_shape(name, tensor, parameter.shape)
             stack.enter_context(holding([(parameter, tensor)]))
         for (_, i), A in edit.matrices.items():  # what is between a layer's input and the block is removed
             hook = decoder.layers[i].register_forward_pre_hook(functools.partial(_added, A), with_kwargs=True)
@@ -67,27 +85,17 @@ def replaced(decoder, edit):
         yield
 
 
-def keep(decoder, edit):
-    """Give the model in memory the edit's tensors for good, its removed blocks still running."""
-    for parameter, tensor in _pairs(decoder.model, edit):
-        parameter.data = tensor.to(parameter.device, parameter.dtype)
-
-
-def _pairs(model, edit):
-    """Yield (parameter, tensor) of what an edit replaces, one loaded at a time."""
-    there = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
-    targets = {name: there[name_in(there, name, model)] for name in edit.tensors}
-    for name, parameter in targets.items():
-        tensor = edit.load(name)
-        check_shape(name, tensor, parameter.shape)
-        yield parameter, tensor
-
-
 def _added(A, module, args, kwargs):
     """A hook before a layer: the stream h becomes h + h A."""
     h = args[0] if args else kwargs["hidden_states"]
     h = h + h @ A.to(h.device, h.dtype)
     return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+
+def _no_bias(model, name):
+    """Return the module of which `name` would be the bias, None unless it is one that has none."""
+    owner = dict(model.named_modules()).get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+    return owner if owner is not None and getattr(owner, "bias", 0) is None else None
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ does not fit the device, and gives the same losses, too.
 """
 
 import functools
+import weakref
 
 from lib.evaluate import last_states, next_token
 from lib.memory import Store, rooms
@@ -56,13 +57,22 @@ class Cached(Exhaustive):
 
     def __init__(self, decoder, units, windows, batch_size=8, objective=next_token, cache_bytes=None):
         super().__init__(decoder, units, windows, batch_size, objective)
-        store = Store(rooms(decoder.devices, cache_bytes))  # of what is free once the streams are there
+        self._store = store = Store(rooms(decoder.devices, cache_bytes))  # of what is free once the streams are there
         state_bytes = sum(stream.h.nbytes for stream in self.streams)
         keeping = Keeping(units, decoder.n_layers, state_bytes, sum(store.rooms.values()))
         self._trajectories = [
             Trajectories(decoder, stream, keeping, store, functools.partial(self.objective.losses, k))
             for k, stream in enumerate(self.streams)
         ]
+
+        decoder.on_full = weakref.WeakMethod(self.shrink)
+
+    def shrink(self):
+        """Drop all kept states and keep half as many from here on; return whether there were any."""
+        held = sum(trajectories.forget() for trajectories in self._trajectories)
+        for device in self._store.rooms:
+            self._store.rooms[device] //= 2
+        return held > 0
 
     def losses(self, wanted, removed):
         """Yield as `Exhaustive.losses`, the units of a batch by depth."""

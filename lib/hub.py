@@ -10,7 +10,10 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+from lib.files import expand
+
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+PICKLED = False  # whether checkpoints are read that have no other weights than .bin; a script sets it where asked
 
 
 PART = re.compile(r"-(?P<part>\d{5})-of-(?P<of>\d{5})\.gguf$", re.IGNORECASE)  # as llama.cpp names them
@@ -23,7 +26,7 @@ def locate(path):
     Raises ValueError when a local path lacks what a model needs, or a hub id cannot be reached.
     """
     path = str(path)
-    local = Path(path).expanduser()
+    local = expand(path)
     if local.is_file():
         if local.suffix.lower() != ".gguf":
             raise ValueError(f"{path}: a file, but not .gguf; give a model folder or a .gguf file")
@@ -37,6 +40,8 @@ def locate(path):
     if local.is_dir():
         _check_folder(path, local)
         return str(local), None
+    if os.path.lexists(local):
+        raise ValueError(f"{path}: neither a folder nor a regular file; give a model folder or a .gguf file")
     if path.lower().endswith(".gguf") or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ValueError(f"{path}: no such file or folder")
     _check_hub(path)
@@ -48,7 +53,7 @@ def model_name(path):
 
     The hub's cache keeps a model in models--owner--name/snapshots/<commit>: its id is owner/name.
     """
-    local = Path(path).expanduser()
+    local = expand(path)
     whole = Path(os.path.abspath(local))
     for place in (whole, whole.resolve()):
         folder = next((p for p in (place, *place.parents) if p.parent.name == "snapshots"), None)
@@ -67,6 +72,13 @@ def _check_folder(path, local):
             f"{path}: the hub's cache of {local.name.removeprefix('models--').replace('--', '/')}; give that name, or "
             f"the folder snapshots/{inside[0] if inside else '<commit>'} in it"
         )
+    read = (
+        name for name in files if Path(name).suffix in (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+    )
+    for name in read:
+        if not (local / name).is_file() and not (local / name).is_dir():  # a pipe would be waited for
+            what = "a link to nothing" if (local / name).is_symlink() else "no regular file"
+            raise ValueError(f"{path}: {name} in it is {what}; remove it, or copy the model again")
     weights = [f for f in files if any(fnmatch(f, pattern) for pattern in WEIGHTS) and not f.startswith("adapter_")]
     if "adapter_config.json" in files and not weights:
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -85,6 +97,11 @@ def _check_folder(path, local):
         other = next((f for f in files if Path(f).suffix in (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")), None)
         hint = f"; {other} is of another format: convert it to *.safetensors first" if other else ""
         raise ValueError(f"{path}: folder without weights (no {', '.join(WEIGHTS)}){hint}")
+    if not PICKLED and not any(fnmatch(f, WEIGHTS[0]) for f in weights):
+        raise ValueError(
+            f"{path}: its weights are pickled ({weights[0]}), a format that can hold code; convert them to "
+            "*.safetensors, or allow pickled weights"
+        )
 
 
 def fingerprint(path):

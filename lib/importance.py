@@ -87,7 +87,7 @@ def taylor(decoder, units, windows, *, batch_size=8, seed=0, progress=None):
     require_weights(decoder, units, "taylor", inside=True)
     parts = {unit: decoder.parameters([unit]) for unit in units}
     wanted = {id(p): p for parameters in parts.values() for p in parameters}
-    with _gradients(decoder.model, wanted.values()) as gradients:
+    with summed_gradients(decoder.model, wanted.values()) as gradients:
         for ids in windows.split(1):
             ids = ids.to(decoder.input_device)
             logits = decoder.model(input_ids=ids, use_cache=False).logits
@@ -238,7 +238,7 @@ def _roomy(sizes):
 
 
 @contextlib.contextmanager
-def _gradients(model, parameters):
+def summed_gradients(model, parameters):
     """Within this context a backward pass adds to {id(p): gradient}, float32 or better, and on the device of p where
     the gradients of all its parameters find room, else in host memory. The model is restored.
     """

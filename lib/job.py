@@ -10,6 +10,7 @@ block_search.py and the cells of scripts.compare are the two callers.
 
 import contextlib
 import functools
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -21,11 +22,13 @@ from lib.costs import COUNTED, BlockSeconds, Budget, Cost, cost_of_seconds, coun
 from lib.data import Text
 from lib.decoder import find_layers
 from lib.engines import ENGINES
-from lib.evaluate import perplexity, window_losses
+from lib.evaluate import perplexity
 from lib.hub import fingerprint
 from lib.importance import METRICS, ranked, require_weights
+from lib.journal import Journal, Kept
 from lib.model import parameter_count, versions
 from lib.orders import check_order, held_passes, order_path, passes_in, read_order, save_order
+from lib.ranks import Shared, first, join, shared_losses
 from lib.refine import evolve, swaps
 from lib.repair.scale import passes_of, require_free_size
 from lib.search import CONFIDENCE, NoFiniteCandidate, greedy
@@ -151,11 +154,12 @@ class Job(NamedTuple):
         return len(c.units) if passes is None else passes
 
 
-def open_job(settings, text, bare, folder, overwrite=False):
+def open_job(settings, text, bare, folder, overwrite=False, hold=None):
     """Return the Job of a search, resumed from the order file in `folder` where there is one.
 
-    text: lib.data.Text. bare: the model, weights not needed. overwrite: forget the file that is there. Raises Taken
-    where it was made with other settings, ValueError where so much cannot be removed.
+    text: lib.data.Text. bare: the model, weights not needed. overwrite: forget the file that is there. hold: called
+    with the file's path before it is read, such as lib.files.own. Raises Taken where it was made with other settings,
+    ValueError where so much cannot be removed.
     """
     s, layers = settings, find_layers(bare)
     choices = ("rule", s.rule, "lowest"), ("refinement", s.refine, "none"), ("pass", s.passes, "nothing")
@@ -194,7 +198,9 @@ def open_job(settings, text, bare, folder, overwrite=False):
     meta = _describe(s, text, chosen)
     if path.is_dir():
         raise ValueError(f"{path}: a folder, where the order file belongs; move it, or give another folder")
-    order, old = ([], meta) if overwrite else _resume(path, meta)
+    if hold and join()[0] == 0:
+        hold(path)
+    order, old = first(([], meta) if overwrite else _resume(path, meta))
     job = Job(s, text, chosen, path, order, old, None if s.rule == "lowest" else costs[s.cost])
     if not job.searched and not job.finished:  # judged at once: nothing to continue
         job = job._replace(order=[], meta=meta)
@@ -223,18 +229,51 @@ def check_decoder(job, decoder):
         require_weights(decoder, job.candidates.units, job.settings.metric, inside=weights == "inside")
 
 
-def steps(job, decoder, dense, cache_bytes=None, progress=None):
+def steps(job, decoder, dense, cache_bytes=None, progress=None, check=None):
     """Yield (unit, step of the order file) for each removal, as soon as it is saved, until there are enough.
 
     dense: the model's perplexity on the text. cache_bytes: memory for kept states, see lib.engines.
-    progress(windows, unit, score) is called as work gets done. What is judged at once is saved at the end. Raises
-    NoFiniteCandidate, also kept in the file, where no candidate is left that can go.
+    progress(windows, unit, score) is called as work gets done; check() after each batch of a candidate that the journal
+    keeps, and may raise. What is judged at once is saved at the end. Raises NoFiniteCandidate, also kept in the file,
+    where no candidate is left that can go. Of several processes (lib.ranks) the first one writes.
     """
-    with decoder.passing({}):  # what is set within is undone
-        yield from _steps(job, decoder, dense, cache_bytes, progress)
+    journal = Journal(job.path, journal_key(job), join()[0])
+    try:
+        with decoder.passing({}):  # what is set within is undone
+            yield from _steps(job, decoder, dense, cache_bytes, progress, check, journal)
+    finally:
+        journal.close()
+    if join()[0] == 0:
+        journal.remove()
 
 
-def _steps(job, decoder, dense, cache_bytes, progress):
+def journal_key(job):
+    """Return what tells the losses of this search from those of others."""
+    decides = {key: job.meta.get(key) for key in DECIDING}
+    return hashlib.sha256(repr(sorted(decides.items())).encode()).hexdigest()[:16]
+
+
+def journaled(job):
+    """Return how many batches of candidates of the next removal are computed and kept."""
+    if not job.searched:
+        return 0
+    journal = Journal(job.path, journal_key(job))
+    return journal.count(_units(job, job.order), job.settings.search == "race")
+
+
+def _save(job, refined=None):
+    if join()[0] == 0:
+        save_order(job.path, job.order, job.meta, refined)
+
+
+def _units(job, blocks):
+    """Return blocks as the search has them: blocks, or whole layers."""
+    if job.candidates.size == 1:
+        return list(blocks)
+    return [Block("layer", i) for i in dict.fromkeys(i for _, i in blocks)]
+
+
+def _steps(job, decoder, dense, cache_bytes, progress, check, journal):
     settings, order, meta, enough = job.settings, job.order, job.meta, job.candidates.enough
     total, seqlen = parameter_count(decoder.model), job.text.windows.shape[1]
     meta["dense_perplexity"] = dense
@@ -244,26 +283,26 @@ def _steps(job, decoder, dense, cache_bytes, progress):
         return
     decoder.passes = passes_in(meta, job.path)
     try:
-        for unit, step in _removals(job, decoder, cache_bytes, progress):
+        for unit, step in _removals(job, decoder, cache_bytes, progress, check, journal):
             for block in blocks_of([unit]):  # a layer is two removals; what is known stands on the second
                 order.append(block)
                 rest = {"removed_percent": 100 * decoder.block_parameters(order) / total, "block": block}
                 meta["steps"].append({"perplexity": None, "scores": {}, "seconds": 0.0} | rest)
             meta["steps"][-1] = step = step | rest
             if step["perplexity"] is None and (job.searched or enough(order)):
-                losses = window_losses(decoder, job.text.windows, settings.batch_size, order)
+                losses = shared_losses(decoder, job.text.windows, settings.batch_size, order)
                 step["perplexity"] = perplexity(losses, seqlen)
             if job.searched:
-                save_order(job.path, order, meta)
+                _save(job)
             yield unit, step
             if enough(order):
                 break
     except NoFiniteCandidate as error:
         meta["failed"] = {"error": str(error), "candidates": error.scores}
-        save_order(job.path, order, meta)
+        _save(job)
         raise
     if order and not job.searched:
-        save_order(job.path, order, meta)
+        _save(job)
 
 
 def refinements(job, decoder, cache_bytes=None):
@@ -287,7 +326,7 @@ def _refinements(job, decoder, cache_bytes):
     engine, units = _engine(job, decoder, cache_bytes), job.candidates.units
     fits = functools.lru_cache(None)(job.candidates.meets)
     if s.refine == "swaps":
-        made = swaps(engine, units, _as_units(job, job.removed), fits, confidence=s.race_confidence, most=most)
+        made = swaps(engine, units, _units(job, job.removed), fits, confidence=s.race_confidence, most=most)
     else:
         made = evolve(engine, units, fits, seed=s.seed, most=most)
     for swap in made:
@@ -296,7 +335,7 @@ def _refinements(job, decoder, cache_bytes):
             known = {"back": swap.back, "out": swap.out, "score": swap.score, "evaluations": seen}
             found["swaps"].append(known)
         removed = sorted(blocks_of(swap.removed), key=lambda block: (block.layer, block.kind))
-        losses = window_losses(decoder, job.text.windows, s.batch_size, removed)
+        losses = shared_losses(decoder, job.text.windows, s.batch_size, removed)
         found |= {
             "removed": removed,
             "removed_percent": 100 * decoder.block_parameters(removed) / parameter_count(decoder.model),
@@ -307,7 +346,7 @@ def _refinements(job, decoder, cache_bytes):
             "seconds": seconds + time.perf_counter() - start,
         }
         meta["refined"] = found
-        save_order(job.path, job.order, meta, removed)
+        _save(job, removed)
         yield swap
 
 
@@ -318,11 +357,6 @@ def reachable_shares(job, decoder):
         with contextlib.suppress(ValueError):  # an attention that does not tell its width
             shares[name] = reachable(units, _cost(job.settings, name, decoder.model, decoder.layers, job.text))
     return shares
-
-
-def _as_units(job, blocks):
-    """Return the units that blocks make up: layers where whole ones go."""
-    return list(blocks) if job.candidates.size == 1 else [Block("layer", i) for i in {block.layer for block in blocks}]
 
 
 def summary(job):
@@ -341,16 +375,23 @@ def summary(job):
     }
 
 
-def _engine(job, decoder, cache_bytes):
+def _engine(job, decoder, cache_bytes, wrap=None):
+    """Return the engine of a search, shared between the processes; wrap: as of lib.ranks.Shared."""
     s = job.settings
     options = {} if s.search == "exhaustive" else {"cache_bytes": cache_bytes}
     made, objective = ENGINES["cached" if s.search == "race" else s.search], METRICS[s.metric].function
     if s.metric == "kl":
         objective = functools.partial(objective, top=s.kl_top_k)
-    return made(decoder, job.candidates.units, job.text.windows, s.batch_size, objective, **options)
+    return Shared(
+        lambda some: made(decoder, job.candidates.units, some, s.batch_size, objective, **options),
+        job.text.windows,
+        s.batch_size,
+        by_unit=s.search == "race" or wrap is None,
+        wrap=wrap,
+    )
 
 
-def _removals(job, decoder, cache_bytes, progress):
+def _removals(job, decoder, cache_bytes, progress, check, journal):
     """Yield (unit, step) for every removal of the metric, until the caller has enough."""
     settings, c, windows = job.settings, job.candidates, job.text.windows
     metric, B, start = METRICS[settings.metric], settings.batch_size, time.perf_counter()
@@ -358,9 +399,8 @@ def _removals(job, decoder, cache_bytes, progress):
         return
     if job.searched:
         racing = settings.search == "race"
-        engine = _engine(job, decoder, cache_bytes)
-        done = job.order if c.size == 1 else [Block("layer", i) for _, i in job.order[:: c.size]]
-        confidence = settings.race_confidence if racing else math.inf
+        engine = _engine(job, decoder, cache_bytes, lambda engine: Kept(engine, journal, racing, check))
+        done, confidence = _units(job, job.order), settings.race_confidence if racing else math.inf
         how = {"cost": job.cost, "serves": c.serves, "audit": settings.audit}
         for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress, **how):
             known = step._asdict()

@@ -1,5 +1,6 @@
 """What memory is free, and where states are held: on the device that made them, else in host memory."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _free_on_host(proc=Path("/proc"), groups=Path("/sys/fs/cgroup")):
                 available.append(int((folder / limit).read_text()) - used + int(inactive))
             except (OSError, ValueError):  # no such file, or "max"
                 pass
-    return max(0, min(available))
+    return max(0, min(available)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share it
 
 
 def _lines(path):

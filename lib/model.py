@@ -12,17 +12,25 @@ import copy
 import functools
 import json
 import logging
+import math
 import platform
 import re
 import sys
 from pathlib import Path
+from reprlib import repr as brief
 from textwrap import shorten
 
 import torch
 
+from lib import hub
+from lib.blocks import MOST_LAYERS
+from lib.files import beside, read_json, sweep
+from lib.gguf_archs import BY_NAME, slides
 from lib.hub import locate
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+COUNTS = re.compile(r"(n|num)_(\w+_)?layers?|layers|\w+_layers")  # names of layers' numbers
+MOST_EXPERTS = 4096  # of a layer
 HINTS = {  # what to do where a part of a model cannot be read
     "configuration": "config.json must be of a model that this transformers knows; copy or download it again",
     "tokenizer": "tokenizer.json, or tokenizer.model, and tokenizer_config.json belong beside the weights",
@@ -58,6 +66,9 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
         kwargs["offload_folder"] = _offload_folder()
     if gguf:
         kwargs |= {"gguf_file": gguf, **_dequantise()}
+    else:
+        kwargs |= {"use_safetensors": None if hub.PICKLED else True, "weights_only": True}
+        _check_amount(path, where, trust_remote_code)
     kwargs["config"] = load_config(path, trust_remote_code)
     if inside_another(path, trust_remote_code):
         kwargs["key_mapping"] = TEXT_NAMES
@@ -81,6 +92,17 @@ def load_model(path, dtype="bf16", device="cpu", trust_remote_code=False, offloa
         model.to(device)
     model.eval().requires_grad_(False)
     return model
+
+
+def _check_amount(path, where, trust_remote_code):
+    """Raise ValueError where a folder's files are far too small for its configuration: memory would be filled first."""
+    stored = sum(file.stat().st_size for pattern in hub.WEIGHTS for file in Path(where).glob(pattern))
+    wanted = parameter_count(skeleton(path, trust_remote_code))
+    if stored and wanted > 2**24 + 16 * stored:  # half a bit for each
+        raise ValueError(
+            f"{path}: its config.json describes {wanted:,} parameters, its weight files hold {stored:,} bytes; give "
+            "the config.json that they were saved with"
+        )
 
 
 def _check_complete(path, where, model, info, inside):
@@ -174,11 +196,13 @@ def _stored_names(path):
     from transformers.utils import cached_file
 
     where, _ = locate(path)
-    index = cached_file(where, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index:
-        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    single = Path(where, "model.safetensors")
-    return list(safe_open(single, "pt").keys()) if single.is_file() else None
+    single, known = Path(where, "model.safetensors"), ("missing_entries", "connection_errors", "gated_repo")
+    with readable(path, "weights"):
+        if single.is_file():
+            return list(safe_open(single, "pt").keys())
+        quietly = {f"_raise_exceptions_for_{reason}": False for reason in known}
+        index = cached_file(where, "model.safetensors.index.json", **quietly)
+        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]) if index else None
 
 
 def _read_config(path, trust_remote_code):
@@ -189,7 +213,18 @@ def _read_config(path, trust_remote_code):
     if gguf:
         return copy.deepcopy(_gguf_config(path, Path(where, gguf).stat().st_mtime_ns))
     with readable(path, "configuration"), quiet():
+        if (file := Path(where) / "config.json").is_file():
+            _check_counts(path, read_json(file))
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+
+
+def _check_counts(path, values):
+    """Raise ValueError where a configuration has more layers or experts than any model: building them takes hours."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        _check_counts(path, value)
+        most = MOST_LAYERS if COUNTS.fullmatch(name) else MOST_EXPERTS if "experts" in name else math.inf
+        if isinstance(value, (int, float)) and value > most:
+            raise ValueError(f"{name} is {brief(value)}, more than {most}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -199,6 +234,11 @@ def _gguf_config(path, modified):
 
     where, gguf = locate(path)
     with readable(path, "configuration"), quiet(), parsed_once():
+        fields = gguf_reader(path).fields
+        counts = {
+            key.rpartition(".")[2]: fields[key].contents() for key in fields if key.endswith(("_count", "length"))
+        }
+        _check_counts(path, {key.replace("block_count", "layers"): value for key, value in counts.items()})
         config = AutoConfig.from_pretrained(where, gguf_file=gguf)
     _read_the_rest(path, config)
     return config
@@ -241,9 +281,10 @@ def parsed_once():
 def _read_the_rest(path, config):
     """Put into a .gguf file's configuration what transformers leaves out of it; raise ValueError where it cannot.
 
-    These are rotations that are slowed down: by fields `rope.scaling`, or by a tensor `rope_freqs`, one factor for each
-    pair of dimensions, in which llama.cpp's converter keeps the scaling of Llama 3.1 and later. And biases, which are
-    weights of the file that the model built from this configuration has no place for.
+    That is: what llama.cpp's code of an architecture takes for granted, such as which layers slide; rotations that are
+    slowed down by fields `rope.scaling`, or by a tensor `rope_freqs`, one factor for each pair of dimensions, in which
+    llama.cpp's converter keeps the scaling of Llama 3.1 and later; and biases, which are weights of the file that the
+    model built from this configuration has no place for.
     """
     import gguf
     from transformers import AutoModelForCausalLM
@@ -256,11 +297,15 @@ def _read_the_rest(path, config):
         raise ValueError(
             f"{path}: one of {fields['split.count']} parts; join them with llama-gguf-split --merge and give the whole"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
+    if arch in BY_NAME:
+        _read_arch(BY_NAME[arch], fields, config)
+    every = getattr(config, "rope_parameters", None) or {}
+    rope = every.get("full_attention", every)  # Gemma 3's local rotations are never scaled
     scaling = {key: fields[key] for key in fields if key.startswith(f"{arch}.rope.scaling.")}
     kind, factor = (scaling.get(f"{arch}.rope.scaling.{name}") for name in ("type", "factor"))
     if kind == "linear" and rope.get("rope_type") == "default":
-        config.rope_parameters = rope = rope | {"rope_type": "linear", "factor": factor}
+        rope = rope | {"rope_type": "linear", "factor": factor}
+        config.rope_parameters = every | {"full_attention": rope} if "full_attention" in every else rope
     if scaling and kind != "none" and rope.get("rope_type") != kind:
         raise ValueError(
             f"{path}: rotations that are scaled as {', '.join(scaling)} say are not read; give the model's folder"
@@ -280,12 +325,37 @@ def _read_the_rest(path, config):
             there = AutoModelForCausalLM.from_config(config).state_dict()
         which = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
         names = gguf.get_tensor_name_map(which, fields.get(f"{arch}.block_count", 0))
+        experts = any("experts." in name and name.endswith("_bias") for name in there)  # in one tensor, of any name
         there = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in there}
-        if unread := sorted(name for name in tensors if name.endswith(".bias") and name not in there):
+        unread = sorted(name for name in tensors if name.endswith(".bias") and name not in there)
+        if unread := [name for name in unread if not (experts and "_exps." in name)]:
             raise ValueError(
                 f"{path}: {unread[0]} and {len(unread) - 1} more biases have no place in the model built from "
                 "it; give the model's folder"
             )
+
+
+def _read_arch(row, fields, config):
+    """Put into a .gguf file's configuration what llama.cpp's code of an architecture does, and fields of its own."""
+
+    def get(key, default=None):
+        return fields.get(f"{row.name}.{key}", default)
+
+    heads, size = config.num_attention_heads, get("attention.key_length")
+    if size and hasattr(config, "head_dim"):
+        config.head_dim = size
+    if row.period:
+        n, window = config.num_hidden_layers, get("attention.sliding_window", row.window)
+        sliding = slides(row, get("attention.sliding_window_pattern", row.period), n) if window else [False] * n
+        config.layer_types = ["sliding_attention" if slide else "full_attention" for slide in sliding]
+        config.sliding_window = window or config.sliding_window
+    if row.large:
+        large = config.num_hidden_layers == row.large
+        config.query_pre_attn_scalar = config.hidden_size // heads if large else config.head_dim
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            setattr(config, name, get(name, getattr(config, name)))
+    if "sliding_attention" in (getattr(config, "rope_parameters", None) or {}):
+        config.rope_parameters["sliding_attention"]["rope_theta"] = get("rope.freq_base_swa", 10000.0)
 
 
 def llama3_factors(config):
@@ -438,7 +508,9 @@ def _offload_folder():
     import shutil
     import tempfile
 
-    folder = tempfile.mkdtemp(prefix="blockpruner-")
+    place = beside(Path(tempfile.gettempdir()) / "blockpruner", "")
+    sweep(place.with_name("blockpruner"))  # of runs that were killed
+    folder = tempfile.mkdtemp(prefix=place.name, suffix=".tmp")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

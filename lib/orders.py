@@ -9,15 +9,15 @@ Where a set was made from an order by exchanges, meta.nested is false: the last 
 are of the greedy order as far as they are smaller, and meta.order holds that order.
 """
 
-import json
 import math
 from pathlib import Path
 from reprlib import repr as brief
 
-from lib.blocks import KINDS, Block
-from lib.files import write_json
+from lib.blocks import KINDS, MOST_LAYERS, Block
+from lib.files import expand, read_json
 from lib.hub import model_name
 from lib.records import short_name
+from lib.schema import opened, write
 
 
 def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
@@ -29,7 +29,7 @@ def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
     model = Path(name).stem if name.lower().endswith(".gguf") else name
     data = short_name(dataset)
     block_type = block_type if metric == "ppl" else f"{block_type}_{metric}"
-    return Path(folder).expanduser() / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
+    return expand(folder) / f"{model}_{block_type}_{data}_ns_{nsamples}_del_order_list.json"
 
 
 def read_order(path):
@@ -38,12 +38,11 @@ def read_order(path):
     Where sets are not nested, the list is the last set, by depth; `first` knows the smaller ones. Raises ValueError,
     one line, where the file is not one.
     """
-    path = Path(path).expanduser()
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such order file") from None
-    except (OSError, ValueError, RecursionError) as error:  # no text and no JSON are ValueErrors
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable JSON order file ({error}); search again to write a new one") from None
     if not isinstance(entries, dict):
         raise ValueError(f'{path}: not an order file: expected {{"1": [["mha", 25]], ...}}')
@@ -51,7 +50,7 @@ def read_order(path):
     if not isinstance(meta, dict):
         raise ValueError(f'{path}: "meta" holds {brief(meta)}; expected {{...}}, or no "meta" at all')
     if meta.get("nested") is False:
-        return _read_set(path, entries, meta), meta
+        return _read_set(path, entries, meta), opened(path, {**entries, "meta": meta}, "order")["meta"]
     order = []
     for k in range(1, len(entries) + 1):
         if str(k) not in entries:
@@ -63,7 +62,7 @@ def read_order(path):
         order += new
     if not order and not meta:
         raise ValueError(f"{path}: holds no removals")
-    return order, meta
+    return order, opened(path, {**entries, "meta": meta}, "order")["meta"]
 
 
 def first(order, meta, number, path="the order"):
@@ -140,7 +139,7 @@ def save_order(path, order, meta, refined=None):
         sets = {k: some for k, some in sets.items() if k < len(refined)} | {len(refined): refined}
         meta = {**meta, "nested": False, "order": order}
     entries = {str(k): sorted(some, key=lambda b: (b.layer, b.kind)) for k, some in sets.items()}
-    write_json(path, {**entries, "meta": meta})
+    write(path, "order", {**entries, "meta": meta})
 
 
 def _read_set(path, entries, meta):
@@ -172,5 +171,7 @@ def _parse(path, k, entry):
             raise ValueError(f'{path}: entry "{k}" has block type {brief(kind)}; allowed are {" and ".join(KINDS)}')
         if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
             raise ValueError(f'{path}: entry "{k}" has layer {brief(layer)}; allowed are whole numbers from 0')
+        if layer >= MOST_LAYERS:
+            raise ValueError(f'{path}: entry "{k}" has layer {brief(layer)}; no model has so many')
         blocks.add(Block(kind, layer))
     return blocks

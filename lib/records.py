@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.files import read_bytes
+
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
 ENDINGS = (*SUFFIXES, *(suffix + ".gz" for suffix in SUFFIXES if suffix != ".parquet"))
 ALPACA = (
@@ -57,7 +59,7 @@ def read_file(path, columns=("text",), chat=None):
     if suffix == ".parquet":
         return _parquet(path, columns, chat)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         if path.name.lower().endswith(".gz"):
             content = gzip.decompress(content)
         text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()  # Windows puts a mark in front

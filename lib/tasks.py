@@ -9,10 +9,14 @@ import contextlib
 import copy
 import functools
 import glob
+import hashlib
 import logging
+import math
 import sys
 from pathlib import Path
 
+from lib import task_rows
+from lib.files import expand, read_bytes
 from lib.hub import hub_error
 
 TITLES = {  # the columns of the paper's tables
@@ -43,6 +47,7 @@ def zero_shot(model, tokenizer, tasks, *, batch_size=1, num_fewshot=0, limit=Non
     """
     check_tasks(tasks, task_data, num_fewshot)
     limits = check_limits(tasks, limit)
+    check_tokenizer(tokenizer)
     from lm_eval import evaluate
 
     lm = harness_model(model, tokenizer, batch_size)
@@ -50,8 +55,15 @@ def zero_shot(model, tokenizer, tasks, *, batch_size=1, num_fewshot=0, limit=Non
     scores = {}
     for rows in dict.fromkeys(limits.values()):
         names = [name for name in tasks if limits[name] == rows]
-        loaded = manager.load([name if task_data is None else local_task(name, task_data) for name in names])
+        try:
+            loaded = manager.load([name if task_data is None else local_task(name, task_data) for name in names])
+        except Exception as error:  # of many libraries
+            if task_data is None:
+                raise
+            raise ValueError(f"task data {str(task_data)!r}: {', '.join(names)} cannot be read ({error})") from error
         for task in loaded["tasks"].values():
+            if task.OUTPUT_TYPE == "generate_until":
+                check_tokenizer(tokenizer, writes=True)
             if task.get_config("num_fewshot") != 0:  # the harness's rule: a task's own 0 stands
                 task.set_config("num_fewshot", num_fewshot)
             task.set_fewshot_seed(FEWSHOT_SEED)
@@ -67,7 +79,7 @@ def zero_shot(model, tokenizer, tasks, *, batch_size=1, num_fewshot=0, limit=Non
 def local_task(name: str, task_data: str | Path) -> dict:
     """The harness's configuration of one of LOCAL, reading <task_data>/<name>.jsonl.
 
-    Raises ValueError for a task without a local variant, a missing folder or a missing file.
+    Raises ValueError for a task without a local variant, a missing folder or file, or a row that is wrong.
     """
     import yaml
 
@@ -76,7 +88,7 @@ def local_task(name: str, task_data: str | Path) -> dict:
             f"task {name!r} has no variant for local task data: use {', '.join(LOCAL)}, "
             "or leave the task data out to run the harness's own task"
         )
-    folder = Path(task_data).expanduser().resolve()
+    folder = expand(task_data).resolve()
     if not folder.is_dir():
         raise ValueError(
             f"task data {str(task_data)!r} is not a folder: give one that holds "
@@ -85,10 +97,11 @@ def local_task(name: str, task_data: str | Path) -> dict:
     config = yaml.safe_load((TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8"))
     files = config["dataset_kwargs"]["data_files"]  # {split: file}, a single split
     for split, file in files.items():
-        if not (folder / file).is_file():
+        if not (folder / file).exists():
             raise ValueError(
                 f"task data {str(task_data)!r} holds no {file}: task {name} reads it; add the file or drop the task"
             )
+        task_rows.check_rows(name, folder / file)
         files[split] = glob.escape(str(folder / file))  # datasets expands patterns
     return config
 
@@ -166,16 +179,61 @@ def check_limits(tasks, limit) -> dict[str, int | None]:
     return {name: limits.get(name) for name in tasks}
 
 
+def rows_key(task, task_data=None):
+    """Return what tells a task's rows from others: a part of its file's SHA-256, or "hub"."""
+    if task_data is None:
+        return "hub"
+    return hashlib.sha256(read_bytes(expand(task_data) / f"{task}.jsonl")).hexdigest()[:12]
+
+
+def check_tokenizer(tokenizer, writes=False):
+    """Raise ValueError for a tokenizer without the special tokens that tasks need, `writes` where they generate."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if eos is None and (writes or bos is None):
+        what = "EOS token, with which answers end" if writes else "BOS and no EOS token, one of which opens a text"
+        raise ValueError(f"the tokenizer has no {what}: zero-shot tasks need it; name one in tokenizer_config.json")
+
+
 def harness_model(model, tokenizer, batch_size):
     """The harness's wrapper around a loaded model, float32 log-probabilities, generation without a cache."""
     from lm_eval.models.huggingface import HFLM
 
-    class Uncached(HFLM):
-        """Generates without a cache: it would count positions by the first layer, whose attention may be masked."""
+    known = model.get_input_embeddings().weight.shape[0]
+
+    def check_ids(ids):
+        if (most := ids.max().item()) >= known:
+            raise ValueError(
+                f"the tokenizer gives token {most} for a task, the model knows 0..{known - 1}; put the model's own "
+                "tokenizer beside the weights"
+            )
+
+    def check_logits(ids, logits):
+        if logits.isnan().any():
+            raise ValueError("the model's log-probabilities are NaN: no score")
+        return logits
+
+    class Checked(HFLM):
+        """Gives no answer from NaN, where every choice would be as good, nor for tokens that the model lacks.
+
+        Generates without a cache: it would count positions by the first layer, whose attention may be masked.
+        """
+
+        def loglikelihood(self, requests, **kwargs):
+            answers = super().loglikelihood(requests, **kwargs)
+            if wrong := sum(math.isnan(value) for value, _ in answers):
+                raise ValueError(
+                    f"the model's log-probabilities are NaN for {wrong} of {len(answers)} requests: no score"
+                )
+            return answers
+
+        def _model_call(self, inps, *args, **kwargs):
+            check_ids(inps)
+            return super()._model_call(inps, *args, **kwargs)
 
         def _model_generate(self, context, **kwargs):
-            generate = self.model.generate
-            self.model.generate = lambda **given: generate(**{**given, "use_cache": False})
+            check_ids(context)
+            generate, ours = self.model.generate, {"use_cache": False, "logits_processor": [check_logits]}
+            self.model.generate = lambda **given: generate(**{**given, **ours})
             try:
                 return super()._model_generate(context, **kwargs)
             finally:
@@ -186,7 +244,7 @@ def harness_model(model, tokenizer, batch_size):
     log.setLevel(logging.ERROR)  # it warns twice that the model is an object, not a name
     try:
         # A copy of the tokenizer: the harness gives it a pad token.
-        return Uncached(
+        return Checked(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32"
         )
     finally:

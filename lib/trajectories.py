@@ -46,6 +46,14 @@ class Trajectories:
             if i < deepest:
                 x = self._advance(i, x, mid, removed)
 
+    def forget(self):
+        """Drop all kept states; return how many there were."""
+        held = [state for states in self.kept.values() for state in states.values()]
+        self.kept = {}
+        for state in held:
+            self.store.drop(state)
+        return len(held)
+
     def _rebase(self, removed):
         """Forget what is wrong without `removed`: every state past the lowest layer whose blocks went or came back."""
         changed = self.removed.symmetric_difference(removed)

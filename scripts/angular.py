@@ -10,7 +10,7 @@ and its heat map. With --layers-to-skip also slices.yaml, which makes MergeKit l
 
 from pathlib import Path
 
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -106,4 +106,4 @@ def stored_dtype(args, bare):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

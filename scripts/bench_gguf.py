@@ -9,7 +9,7 @@ Needs `pip install xllamacpp`.
 from statistics import median
 
 from lib.export import runtimes as llamacpp
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -57,4 +57,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

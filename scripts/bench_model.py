@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scripts import flags
+from scripts import ending, flags
 
 SEED = 42  # of the prompts' tokens
 
@@ -93,9 +93,10 @@ def main(argv=None):
     parser, args = parse_args(argv)
     import torch
 
-    from lib.files import to_json, write_json
+    from lib.files import to_json
     from lib.measure import device_name, interleaved
     from lib.model import default_device, dtype_note, versions
+    from lib.schema import write
 
     args.device = args.device or default_device()
     if args.threads:
@@ -148,7 +149,7 @@ def main(argv=None):
         with parser.user_errors():
             summary["block_seconds"] = write_cost_file(args, subjects[0].model, ids)
     if args.output_path:
-        write_json(args.output_path, summary)
+        write(args.output_path, "bench", summary)
     if args.plot:
         from lib.report import pictures
 
@@ -182,7 +183,7 @@ def vocabulary_and_removals(args):
 
     with flags.naming("--device"):
         check_device(args.device)
-    flags.check_file(args.output_path, "--output-path")
+    flags.check_file(args.output_path, "--output-path", kind="bench")
     flags.check_file(args.cost_file, "--cost-file")
     check_plot(args.plot)
     with flags.naming("MODEL"):
@@ -241,6 +242,7 @@ def first_of(args):
         model_flag="MODEL",
         ppl_search_file=args.ppl_search_file,
         target_ratio=None,
+        remove=None,
         del_block_num=max(args.del_block_num),
     )
 
@@ -362,4 +364,4 @@ def times(value, base):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 
-from scripts import flags
+from scripts import ending, flags
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 SHAPES = {
@@ -58,13 +58,14 @@ def parse_args(argv=None):
 def main(argv=None):
     parser, args = parse_args(argv)
     from lib.evaluate import window_losses
-    from lib.files import to_json, write_json
+    from lib.files import to_json
     from lib.measure import device_name
     from lib.model import parameter_count, versions
+    from lib.schema import write
     from lib.search import NoFiniteCandidate
 
     with parser.user_errors():
-        flags.check_file(args.output_path, "--output-path")
+        flags.check_file(args.output_path, "--output-path", kind="bench")
         decoder, windows = random_model(args) if args.random_config else real_model(args)
     blocks, K = decoder.blocks(args.block_type), args.del_block_num
     if K >= len(blocks):
@@ -126,7 +127,7 @@ def main(argv=None):
         "engines": results,
     }
     if args.output_path:
-        write_json(args.output_path, summary)
+        write(args.output_path, "bench", summary)
     print(to_json(summary))
 
 
@@ -350,4 +351,4 @@ def told(result, key, otherwise):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

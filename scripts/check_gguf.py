@@ -8,7 +8,7 @@ xllamacpp`.
 """
 
 from lib.export import runtimes as llamacpp
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -72,4 +72,4 @@ def masked_logits(model_path, removed, text, n):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts import flags
+from scripts import ending, flags
 
 IDS = [7 * i % 90 + 1 for i in range(24)]
 
@@ -92,4 +92,4 @@ def read(python, folders, temporary):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from scripts import flags
+from scripts import ending, flags
 from scripts.check_gguf import add_reference_flags, masked_logits
 
 WRITTEN = 24  # greedy tokens
@@ -51,4 +51,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -11,13 +11,15 @@ methods, ratios, texts or tasks computes only what is new. Writes compare.json, 
 """
 
 import argparse
+import contextlib
+import json
 import math
 import sys
 import time
 from pathlib import Path
 
 from lib.methods import METHODS, SEEDED
-from scripts import flags
+from scripts import ending, flags
 
 FEW = 10  # windows below which a text is a demonstration
 
@@ -120,9 +122,14 @@ def method(name):
 
 def main(argv=None):
     parser, args = parse_args(argv)
+    with contextlib.ExitStack() as stack:
+        compare(parser, args, stack)
+
+
+def compare(parser, args, stack):
     start = time.perf_counter()
     with parser.user_errors():  # everything that can fail fails before weights are read
-        bench = open_bench(args)
+        bench = open_bench(args, stack)
 
     from lib.cells import fill
     from lib.files import to_json
@@ -134,14 +141,14 @@ def main(argv=None):
         print(f"note          {note}")
     print(f"cells         {len(cells)} -> {bench.folder}", flush=True)
 
-    losses, measured = {}, 0
+    losses, measured, whole = {}, 0, rows_there(bench, summary)
     for k, cell in enumerate(cells, 1):
         row, losses[cell], new = fill(bench, cell)
         summary["rows"].append(row)
         if row["incomplete"]:
             summary["reduced"].append(f"INCOMPLETE: {cell} at {row['ratio']:g} %: {row['incomplete']}")
         measured += new
-        finish(args, bench, summary, losses)
+        finish(args, bench, summary, losses, whole)
         print(f"{k:4d}/{len(cells)}  {told(cell, row, new)}", flush=True)
     summary["seconds"] = time.perf_counter() - start
     page = write_tables(bench, summary)
@@ -159,16 +166,22 @@ def main(argv=None):
             }
         )
     )
+    if failed:
+        sys.exit(1)
 
 
 # ---- before the cells ----------------------------------------------------------------------------
 
 
-def open_bench(args):
-    """Return the Bench of these flags; raise ValueError for whatever cannot work, before weights are read."""
+def open_bench(args, stack):
+    """Return the Bench of these flags; raise ValueError for whatever cannot work, before weights are read.
+
+    What lies in --output-dir is this process's until `stack` is closed.
+    """
     from lib.cells import Bench, Tasks
     from lib.data import check_dataset
     from lib.decoder import find_layers
+    from lib.files import expand, own
     from lib.hub import fingerprint
     from lib.job import Settings
     from lib.model import parameter_count
@@ -176,6 +189,9 @@ def open_bench(args):
     for name in args.eval_datasets:
         check_dataset(name, None, args.data_dir, held_out=True)
     flags.check_folder(args.output_dir, "--output-dir")
+    result = expand(args.output_dir) / "compare.json"
+    flags.check_file(result, "--output-dir", kind="compare")
+    flags.note(stack.enter_context(own(result)))
     texts = [text_name(dataset) for dataset in dict.fromkeys(args.eval_datasets)]
     twice = [name for name in texts if texts.count(name) > 1]
     if twice:
@@ -275,10 +291,10 @@ def list_cells(args):
 # ---- from cells to the table ---------------------------------------------------------------------
 
 
-def finish(args, bench, summary, losses):
+def finish(args, bench, summary, losses, whole=0):
     """Put perplexities and their errors into the rows so far, and write compare.json."""
     from lib.evaluate import paired_difference, perplexity
-    from lib.files import write_json
+    from lib.schema import write
 
     rows = list(zip(losses, summary["rows"], strict=True))
     for text in bench.texts:
@@ -304,7 +320,20 @@ def finish(args, bench, summary, losses):
                     behind = {"nats": difference, "error": error, "best": str(best)}
                     row["perplexity"][text.name] |= {"behind_best": behind}
                     row["perplexity"][text.name]["level"] = error is not None and difference <= 2 * error
-    write_json(bench.folder / "compare.json", summary)
+    if len(summary["rows"]) >= whole:  # what a run before had finished is not replaced by less
+        write(bench.folder / "compare.json", "compare", summary)
+
+
+def rows_there(bench, summary):
+    """Return how many rows compare.json has, where it is of the same settings; else 0."""
+    from lib.files import to_json
+    from lib.schema import read
+
+    with contextlib.suppress(ValueError):
+        there = read(bench.folder / "compare.json", "compare")
+        if all(there.get(key) == json.loads(to_json(summary[key])) for key in ("weights", "settings", "texts")):
+            return len(there["rows"])
+    return 0
 
 
 def several(args, cell):
@@ -390,13 +419,14 @@ def told(cell, row, new):
 
 def write_tables(bench, summary):
     """Write and print the table, then draw the page; return the page's path, None where it cannot be drawn."""
-    from lib.files import write_file, write_json
+    from lib.files import write_file
     from lib.report import tables
     from lib.report.page import write_report
+    from lib.schema import write
 
     table, lines = tables.results_table(summary["rows"]), caption(summary)
     markdown = f"{tables.markdown(table)}\n{tables.LEGEND}\n"
-    write_json(bench.folder / "compare.json", summary)
+    write(bench.folder / "compare.json", "compare", summary)
     write_file(bench.folder / "table.md", ("".join(f"    {line}\n" for line in lines) + "\n" + markdown).encode())
     comments = "".join(f"% {line}\n" for line in [*lines, tables.LEGEND])
     write_file(bench.folder / "table.tex", (comments + tables.latex(table)).encode())
@@ -408,4 +438,4 @@ def write_tables(bench, summary):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

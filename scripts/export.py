@@ -4,7 +4,7 @@
         --ppl-search-file ppls/Llama-2-7b-hf_mix_alpaca_ns_256_del_order_list.json --del-block-num 17
 """
 
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -96,4 +96,4 @@ def edit_of(args, meta, removed):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

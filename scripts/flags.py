@@ -11,6 +11,9 @@ DTYPES = ("bf16", "fp16", "fp32", "fp64")
 COSTS = ("parameters", "kv", "flops", "latency")
 
 
+STARTS = {".csv": b"n,i,distance", ".svg": (b"<?xml", b"<svg"), ".png": b"\x89PNG", ".pdf": b"%PDF"}  # of outputs
+
+
 class Parser(argparse.ArgumentParser):
     """Ends on bad input with exit code 2 and one line, without the usage dump."""
 
@@ -19,9 +22,23 @@ class Parser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
         )
 
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but names that no file can have, and homes that are not there, end with one line."""
+        from lib.files import expand
+
+        given = super().parse_args(args, namespace)
+        for value in vars(given).values():
+            for text in value if isinstance(value, list) else [value]:
+                try:
+                    expand(text if isinstance(text, str) else "")
+                except ValueError as error:
+                    self.error(error)
+        return given
+
     def error(self, message):
         # an exception's text may have line ends of its own; the promise is one line
-        print(f"{self.prog}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        line = f"{self.prog}: error: {' '.join(str(message).split())}"
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
         sys.exit(2)
 
     @contextlib.contextmanager
@@ -46,6 +63,15 @@ class Parser(argparse.ArgumentParser):
             self.error(f"the GPU's memory is full{when}; {remedy}")
 
 
+class AllowPickled(argparse.Action):
+    """A flag that lets lib.hub read pickled weights, in this process."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from lib import hub
+
+        hub.PICKLED = True
+
+
 def add_model_flags(parser):
     parser.add_argument("--model-path", help="hub id, local folder, or .gguf file (dequantised while loading)")
     add_compute_flags(parser)
@@ -55,6 +81,12 @@ def add_compute_flags(parser):
     parser.add_argument("--device", help="cpu, cuda or cuda:N; cuda when there is one, else cpu", default=None)
     parser.add_argument("--compute-dtype", choices=DTYPES, default="bf16", help="dtype of weights and activations")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python that the model brings along")
+    parser.add_argument(
+        "--allow-pickled",
+        action=AllowPickled,
+        nargs=0,
+        help="read weights that are pickled (.bin) where there are no others",
+    )
 
 
 def add_removal_flags(parser, required=False):
@@ -62,6 +94,7 @@ def add_removal_flags(parser, required=False):
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument("--del-block-num", type=count, default=None, help="removals to replay")
     add_ratio_flag(group, fraction, "fewest removals that take this share of the parameters, from 0 to 1")
+    group.add_argument("--remove", metavar="BLOCKS", help="these blocks, without an order: mha5,mlp7,layer21-28")
 
 
 def add_ratio_flag(group, kind, about):
@@ -276,6 +309,10 @@ def read_removals(args):
     """Return (order, meta) of --ppl-search-file; raise ValueError where it does not hold what is asked of it."""
     from lib.orders import read_order
 
+    if args.remove is not None:
+        if args.ppl_search_file:
+            raise ValueError(f"--remove {args.remove}: names the blocks itself; leave out --ppl-search-file")
+        return [], {"metric": "list"}
     if not args.ppl_search_file:
         for flag, value in (("--del-block-num", args.del_block_num), ("--target-ratio", args.target_ratio)):
             if value:
@@ -297,16 +334,20 @@ def read_removals(args):
 
 def check_removals(args, order, meta, bare):
     """Return the removals to replay on the model `bare`, weights not needed; raise ValueError for another model's."""
+    from lib.blocks import parse_blocks
     from lib.candidates import enough
     from lib.decoder import block_parameters, find_layers
     from lib.model import check_whole, parameter_count
     from lib.orders import check_order, fewest, first, passes_in
 
     layers = find_layers(bare)
-    if not args.ppl_search_file:
+    if not args.ppl_search_file and args.remove is None:
         return []
     with naming(getattr(args, "model_flag", "--model-path")):
         check_whole(bare.config, args.model_path)
+    if args.remove is not None:
+        with naming("--remove"):
+            return parse_blocks(args.remove, len(layers))
     check_order(order, len(layers), args.ppl_search_file, meta)
     passes_in(meta, args.ppl_search_file)
     size, number = 2 if meta.get("block_type") == "layer" else 1, args.del_block_num or 0
@@ -344,20 +385,36 @@ def warn_of_order(args, meta, removed):
 
 def check_folder(folder, flag):
     """Raise ValueError unless files can be written to `folder` once it is made; makes nothing."""
-    path = Path(folder).expanduser().absolute()
+    from lib.files import expand
+
+    path = expand(folder).absolute()
+    if too_long := next((part for part in path.parts if len(part.encode()) > 255), None):
+        raise ValueError(f"{flag} {too_long[:40]}...: longer than the 255 bytes that a file's name can have")
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "not a folder" if not there.is_dir() else "not writable"
         raise ValueError(f"{flag} {folder}: {there} is {what}; give a folder that can be written")
 
 
-def check_file(path, flag, suffix=".json"):
-    """Raise ValueError unless a file can be written at `path`, empty or None for no file; makes nothing."""
+def check_file(path, flag, suffix=".json", kind=None):
+    """Raise ValueError unless a file can be written at `path`, empty or None for no file; makes nothing.
+
+    kind: of lib.schema.KINDS, which may replace one of its own only.
+    """
+    from lib.files import expand, place, read_bytes
+    from lib.schema import check_output
+
     if not path:
         return
-    if Path(path).expanduser().is_dir():
+    if expand(path).is_dir():
         raise ValueError(f"{flag} {path}: a folder; give a file name, e.g. result{suffix}")
-    check_folder(Path(path).parent, flag)
+    with naming(flag):
+        found = place(path)
+        if kind:
+            check_output(path, kind)
+        elif found.exists() and found.stat().st_size and not read_bytes(found).startswith(STARTS.get(suffix, b"")):
+            raise ValueError(f"{path}: holds something else than a {suffix} file of this script; give another name")
+    check_folder(found.parent, flag)
 
 
 @contextlib.contextmanager
@@ -469,6 +526,9 @@ def print_opened(args, text, decoder, more="", title="calibration"):
     about = text.about
     print(f"model         {args.model_path}: {parameter_count(decoder.model):,} parameters, {decoder.n_layers} layers")
     print(f"compute       {args.device}, {args.compute_dtype}{more}")
+    module = type(decoder.model).__module__
+    if not module.startswith("transformers."):
+        print(f"note          runs code that the model brings along: {module}")
     if note := dtype_note(args.device, args.compute_dtype):
         print(f"note          {note}")
     bos = ", each behind BOS" if about["bos"] == "every-window" else ""
@@ -507,6 +567,23 @@ def print_aligned(rows):
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]))
 
 
+def note(line):
+    """Print a note where there is one."""
+    if line:
+        print(f"note          {line}")
+
+
+def join_ranks(parser):
+    """Meet the other processes where torchrun started this one: the first prints, the others only their errors."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from lib.ranks import join
+
+        rank, _ = join()
+        if rank:
+            parser.prog = f"{parser.prog}: rank {rank}"
+            sys.stdout = open(os.devnull, "w")
+
+
 class progress:
     """A progress bar over windows with the best unit of the step; a plain writer of lines above it."""
 
@@ -514,7 +591,16 @@ class progress:
         from tqdm import tqdm
 
         every = 0.1 if sys.stderr.isatty() else 60  # seconds; a log file gets a line a minute
-        self.bar = tqdm(total=total, unit="window", dynamic_ncols=True, leave=False, file=sys.stderr, mininterval=every)
+        other = sys.stdout.name == os.devnull  # another rank than the first
+        self.bar = tqdm(
+            disable=other,
+            total=total,
+            unit="window",
+            dynamic_ncols=True,
+            leave=False,
+            file=sys.stderr,
+            mininterval=every,
+        )
         self.scores = {}
 
     def advance(self, windows, unit=None, score=None):

@@ -10,7 +10,7 @@ weights: which layers were merged, at which similarity. Any runtime loads it; ev
 import time
 from pathlib import Path
 
-from scripts import flags
+from scripts import ending, flags
 from scripts.export import add_format_flag
 
 
@@ -197,4 +197,4 @@ def layers_to_remove(args, bare):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

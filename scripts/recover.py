@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from scripts import flags
+from scripts import ending, flags
 
 TOP_K = 64  # of a cached teacher, where none is asked for
 LOOKS = 6  # at the held-out text, where no --eval-every is given
@@ -440,4 +440,4 @@ def draw(history, step_tokens, folder):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -10,7 +10,7 @@ kind say what it is worth. docs/repair.md compares the methods.
 import math
 import time
 
-from scripts import flags
+from scripts import ending, flags
 from scripts.export import add_format_flag
 from scripts.recover import add_text_flags, check_seqlen, cut_text, read_corpora
 
@@ -146,6 +146,7 @@ def report(strength, loss):
 
 def check(args):
     """Return (removed, meta of the order, format); raise ValueError for what flags and files already tell."""
+    from lib.edits import Edit
     from lib.export.checkpoint import Source
     from lib.export.folder import check_target
     from lib.export.write import FORMATS, choose
@@ -170,6 +171,9 @@ def check(args):
         format = choose(source, removed) if "stock" in formats else formats[0]
     if format not in formats:
         raise ValueError(f"--format {format}: cannot hold --method {args.method}; use {', '.join(formats)}")
+    if source.gguf and format == "gguf":  # can the types of its output projections be written at all?
+        writers = [n for n, _ in source.bare.named_parameters() if n.endswith(("o_proj.weight", "down_proj.weight"))]
+        source.edit = Edit(tensors=dict.fromkeys(writers))
     FORMATS[format](source, removed, {})  # of the model as it is: nothing is written
     return removed, meta, format
 
@@ -180,4 +184,4 @@ def stored_dtype(args, format):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

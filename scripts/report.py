@@ -8,7 +8,7 @@ page says so. Needs matplotlib; neither torch nor a display.
     python -m scripts.report docs/results/smollm2.json --picture docs/quality.svg
 """
 
-from scripts import flags
+from scripts import ending, flags
 
 
 def parse_args(argv=None):
@@ -33,9 +33,10 @@ def main(argv=None):
         except ImportError:
             raise ValueError("pictures need matplotlib: pip install matplotlib") from None
         if args.picture:
-            flags.check_file(args.picture, "--picture", ".svg")
-            if not args.picture.endswith((".svg", ".pdf", ".png")):
+            suffix = next((end for end in (".svg", ".pdf", ".png") if args.picture.endswith(end)), None)
+            if not suffix:
                 raise ValueError(f"--picture {args.picture}: give a name that ends in .svg, .pdf or .png")
+            flags.check_file(args.picture, "--picture", suffix)
             write_quality(args.results, args.picture)
             print(to_json({"picture": args.picture}))
             return
@@ -49,4 +50,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -20,6 +20,7 @@ from lib.blocks import Block
 from lib.decoder import Decoder
 from lib.model import parameter_count
 from lib.orders import check_order, read_order
+from lib.schema import read
 
 # What the paper's authors published for Llama-2-7b, by number of calibration documents.
 PUBLISHED = {
@@ -83,8 +84,8 @@ def test_eval_process_prints_and_writes_its_result(searched, toy_folder, text, t
     words = flags(model_path=toy_folder(), cal_dataset=text, ppl_search_file=searched[2], del_block_num=2, **SMALL)
     run = shell("eval.py", *words, *flags(output_path=output))
     assert run.code == 0 and run.err == "", run
-    written = json.loads(output.read_text())
-    assert written == run.result
+    written = read(output, "result")
+    assert {**run.result, "kind": "result"} == written
     assert [p.name for p in output.parent.iterdir()] == ["result.json"]
     assert written["model"] == str(toy_folder()) and written["order_file"] == str(searched[2])
     assert written["parameters"] < written["dense_parameters"]
@@ -190,10 +191,11 @@ def test_a_gpu_that_is_full_while_measuring_is_one_line(evaluate, monkeypatch, t
     rows.mkdir()
     (rows / "piqa.jsonl").write_text(json.dumps({"goal": "a", "sol1": "b", "sol2": "c", "label": 0}))
     monkeypatch.setattr("lib.tasks.zero_shot", full)
+    monkeypatch.setattr("lib.tasks.check_tokenizer", lambda tokenizer: None)  # the toy's has no special tokens
     run = evaluate(do_eval=True, tasks="piqa", task_data=rows, output_path=result)
     assert run.code == 2 and run.err.endswith("the GPU's memory is full; take a smaller --batch-size\n"), run
     assert run.err.count("\n") == 1 and json.loads(result.read_text())["dense_perplexity"] > 1, "measured before"
-    monkeypatch.setattr("lib.evaluate.window_losses", full)
+    monkeypatch.setattr("lib.ranks.window_losses", full)
     run = evaluate()
     assert run.code == 2 and run.err.endswith("the GPU's memory is full; take a smaller --ppl-eval-batch-size\n"), run
 
@@ -211,12 +213,12 @@ def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path)
 
     whole = tmp_path / "whole"
     with monkeypatch.context() as patch:
-        patch.setattr("lib.evaluate.window_losses", never)
+        patch.setattr("lib.ranks.window_losses", never)
         run = search(del_block_num=3)
     assert run.code == 1 and "step 1: the GPU's memory is full; less is needed with --offload, or a sm" in run.err, run
     assert "cache-gb" not in run.err, "no states are kept yet"
     with monkeypatch.context() as patch:
-        patch.setattr("lib.job.window_losses", never)
+        patch.setattr("lib.job.shared_losses", never)
         run = search(metric="bi", del_block_num=2)
     assert run.code == 1 and "removals before it" not in run.err, "judged at once: nothing is kept"
     with monkeypatch.context() as patch:

@@ -65,7 +65,7 @@ def comparison(call, words, monkeypatch, tmp_path):
     def run(*args, pictures=False, **changes):
         monkeypatch.setattr(page, "write_report", drawing if pictures else lambda *_: (None, [], []))
         done = call(compare.main, *words(changes.pop("output_dir", tmp_path / "out"), *args, **changes))
-        assert done.code == 0, done
+        assert done.code == (1 if done.result["failed"] else 0), done
         return done, json.loads(Path(done.result["result"]).read_text())
 
     return run

@@ -49,7 +49,7 @@ def write(call, toy_folder, order, tmp_path):
 
     def run(**changes):
         given = {"model_path": toy_folder(), "ppl_search_file": order, "output_dir": tmp_path / "out"}
-        how_many = {} if "target_ratio" in changes else {"del_block_num": 3}
+        how_many = {} if {"target_ratio", "remove"} & changes.keys() else {"del_block_num": 3}
         given = {k: v for k, v in {**given, **how_many, **changes}.items() if v is not None}
         return call(export.main, *flags(**given))
 
@@ -219,6 +219,32 @@ def test_a_ratio_takes_the_fewest_removals_that_reach_it(write, evaluate, toy_fo
         assert len(run.result["removed"]) == k, run
     run = evaluate(ppl_search_file=order, target_ratio=shares[1])
     assert run.result["removed"] == ["mlp1", "mha0"]
+
+
+def test_a_list_of_blocks_stands_for_an_order(write, evaluate, order, tmp_path):
+    """The same blocks give the same files and the same perplexity."""
+    given = {"remove": "mlp1,mha0", "ppl_search_file": None}
+    named, ordered = write(**given, output_dir=tmp_path / "a"), write(del_block_num=2, output_dir=tmp_path / "b")
+    assert named.result["removed"] == ordered.result["removed"] == ["mlp1", "mha0"]
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    assert "named one by one" in (tmp_path / "a" / "README.md").read_text()
+    assert write(**given | {"remove": "layer0-1"}, output_dir=tmp_path / "c").result["removed"] == [
+        "mha0",
+        "mlp0",
+        "mha1",
+        "mlp1",
+    ]
+    one, other = evaluate(**given), evaluate(ppl_search_file=order, del_block_num=2)
+    assert one.result["perplexity"] == other.result["perplexity"] != one.result["dense_perplexity"]
+
+
+def test_a_list_that_is_none_of_this_model_is_refused(refuses, refused, order):
+    for refuse in (refuses, lambda *says, **given: refused(*says, script="eval", **given)):
+        none = {"ppl_search_file": None}
+        refuse("--remove 'mha3': the model has layers 0 to 2", remove="mha3", **none)
+        refuse("--remove 'attn'", "allowed are mha5", remove="attn", **none)
+        refuse("--remove mha1", "leave out --ppl-search-file", remove="mha1", ppl_search_file=order)
+        refuse("--del-block-num", "not allowed with", "--remove", remove="mha1", del_block_num=1, **none)
 
 
 def test_a_gguf_file_becomes_a_pruned_checkpoint(toy_folder, write, tmp_path):

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lib.blocks import Block
 from lib.decoder import Decoder
+from lib.edits import Edit
 from lib.export.checkpoint import Source
 from lib.export.gguf import prune, read_gguf, read_info, save_gguf
 from lib.export.write import export
@@ -28,6 +29,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}
 GAPS = (  # every place, every kind; what is whole again keeps the ordinary architecture
@@ -183,6 +185,84 @@ def test_llama_cpp_agrees_where_a_family_has_an_architecture_of_its_own(folder, 
     dense = written(source, tmp_path / "dense", "")
     save_gguf(tmp_path / "pruned.gguf", prune(read_gguf(dense), blocks(removed)))
     assert_same(tmp_path / "pruned.gguf", source, removed, within)
+
+
+@pytest.mark.parametrize("removed", ("", "mha0 mlp0"))
+@pytest.mark.parametrize("name", [name for name in WHOLE if name != "gemma"])  # transformers converts no Gemma 1
+def test_a_file_is_read_back_as_the_model_that_it_was(folder, tmp_path, name, removed):
+    """By transformers, which leaves windows, local rotations and sizes of heads of most architectures to defaults."""
+    source = folder(WHOLE[name][0], **WHOLE[name][1])
+    again = expected(written(source, tmp_path / "out", removed), "")
+    assert (again - expected(source, removed)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ("qwen3", "gemma3"))
+def test_an_edit_of_a_file_is_the_edit_of_its_checkpoint(folder, tmp_path, name):
+    """Its tensors have transformers' names and values, of norms too, where Gemma's files hold one more."""
+    source = folder(WHOLE[name][0], **WHOLE[name][1])
+    new = {"model.layers.1.input_layernorm.weight": torch.randn(64), "model.norm.weight": torch.randn(64)}
+    new["model.layers.2.mlp.down_proj.weight"] = torch.randn(64, 48)
+    edit = Edit(tuple(blocks("mha0 mlp0")), new)
+    export(source, edit, tmp_path / "a", "gguf")
+    export(written(source, tmp_path / "dense", ""), edit, tmp_path / "b", "gguf")
+    one, other = (tensors(tmp_path / x / "model.gguf") for x in "ab")
+    assert one.keys() == other.keys() and all(np.array_equal(one[key].data, other[key].data) for key in one)
+    assert np.allclose(
+        one["blk.0.attn_norm.weight"].data, new["model.layers.1.input_layernorm.weight"] + (name == "gemma3")
+    )
+
+
+def write_gpt_oss(path, folder):
+    """Write a toy gpt-oss as llama.cpp's converter does: gates, then ups, each (experts, rows, columns)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lib.export.gguf_vocab import vocabulary
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config, writer = model.config, gguf.GGUFWriter(path, "gpt-oss")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_vocab_size(config.vocab_size)
+    for key, value in vocabulary(AutoTokenizer.from_pretrained(folder), config.vocab_size).items():
+        writer.add_key_value(key, value.value, value.type, value.sub_type)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT_OSS, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if "experts" not in name:
+            if name.endswith("sinks"):
+                name += ".weight"
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.contiguous().numpy())
+            continue
+        layer, kind = name.split(".")[2], "bias" if name.endswith("bias") else "weight"
+        tensor = tensor.transpose(1, 2) if kind == "weight" else tensor
+        parts = {"gate": tensor[:, ::2], "up": tensor[:, 1::2]} if "gate_up" in name else {"down": tensor}
+        for part, values in parts.items():
+            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.{kind}", values.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("removed", ("", "mha0 mlp0", "mlp1 mha2", "mha2 mlp2 mha3 mlp3"))
+def test_a_gpt_oss_file_is_pruned_by_whole_layers(folder, tmp_path, removed):
+    """transformers reads its configuration, and not its experts: the order comes from the checkpoint."""
+    source = folder("gpt-oss", rope_parameters=DEFAULT, tie_word_embeddings=False, head_dim=64)
+    write_gpt_oss(tmp_path / "dense.gguf", source)
+    path = written(tmp_path / "dense.gguf", tmp_path / "out", removed)
+    assert read_gguf_arch(path) == "gpt-oss"
+    assert_same(path, source, removed)
 
 
 @pytest.mark.parametrize("removed", ("mha0 mlp1 mlp3", "mha1 mha2 mlp2 mlp3"))

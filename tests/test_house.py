@@ -14,16 +14,20 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room of lib/ once, lowest floor first. A room may import rooms of lower floors, and of its own floor as long as
 # no circle arises. "export/" and "report/" stand for all the rooms of these wings.
 FLOORS = {
-    "ground": "blocks files hub memory families losses records orders",  # orders reads and writes JSON, for every floor
+    # orders reads and writes JSON, for every floor
+    "ground": "blocks files hub memory families gguf_archs losses records schema orders",
     "model": "model decoder repeated pieces data",
-    "measuring": "evaluate trajectories engines similarity tasks measure",
+    "measuring": "evaluate trajectories engines similarity task_rows tasks measure",
     "deciding": "search refine importance candidates costs",
-    "changing, and writing what was changed": "edits laco repair/ width recover_text recover export/",
+    "changing, and writing what was changed": "edits laco repair/ osscar parts width units allocation "
+    "recover_text recover export/",
     "keeping": "journal ranks",
     "jobs": "job methods cells",
     "report": "report/",
 }
-WITHOUT_TORCH = "blocks files hub families orders report/"  # of the ground, memory and losses work on tensors
+WITHOUT_TORCH = (
+    "blocks files hub families gguf_archs schema orders report/"  # of the ground, memory and losses work on tensors
+)
 SHIPPED = "export/modeling_blockpruned"  # copied into exports, where there is no lib
 
 # Strings of lib/ that are flags of other programs: the room, and what surrounds them.

@@ -65,12 +65,15 @@ def test_capitals_do_not_matter_to_a_gguf(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["consolidated.00.pth", "openvino_model.bin", "tf_model.h5"])
-def test_weights_of_another_format_are_named(tmp_path, name):
+def test_weights_of_another_format_are_named(tmp_path, name, monkeypatch):
     folder = put(tmp_path / "model", config__json="{}")
     (folder / name).write_bytes(b"")
     with pytest.raises(ValueError, match=f"folder without weights .*{name} is of another format"):
         locate(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="weights are pickled .pytorch_model.bin.*or allow pickled weights"):
+        locate(folder)
+    monkeypatch.setattr("lib.hub.PICKLED", True)
     assert locate(folder) == (str(folder), None)
 
 

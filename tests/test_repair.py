@@ -29,6 +29,7 @@ from scripts import repair as script
 FAMILIES = ("llama", "llama-bias", "qwen2", "gpt2", "gemma2", "gemma3", "olmo2", "gpt-neox", "granite", "falcon-rw")
 REMOVED = [parse_block(name) for name in ("mha1", "mlp1", "mlp2", "mha3")]
 WINDOWS = torch.randint(1, 96, (6, 32), generator=torch.Generator().manual_seed(1))
+FEW = WINDOWS[:4]  # of random tokens: what is learnt of them holds for no others
 LAYERS = {"gpt2": "n_layer", "falcon-rw": "num_hidden_layers"}
 
 
@@ -39,6 +40,28 @@ def deep(name, layers=5):
 
 def blocks(names):
     return [parse_block(name) for name in names.split()]
+
+
+def entering(decoder, i, run):
+    """The state entering layer i while run() runs the model, by a hook."""
+    seen = []
+    hook = decoder.layers[i].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    run()
+    hook.remove()
+    return seen[0]
+
+
+def logits_of(decoder, edit, ids):
+    with applied(decoder, edit), torch.no_grad():
+        return decoder.model(ids).logits
+
+
+def states_of(decoder, ids):
+    """The states entering each layer, as transformers reports them."""
+    with torch.no_grad():
+        return decoder.model(ids, output_hidden_states=True).hidden_states
 
 
 def rms(x):
@@ -96,41 +119,20 @@ def reference_scaled(decoder, removed, windows, factors):
 def test_scale_is_the_masked_model_with_its_stream_scaled(name):
     """Two removed layers: the factor is that of the states that transformers itself reports."""
     decoder, removed = Decoder(deep(name)), blocks("mha1 mlp1 mha3 mlp3")
-    with torch.no_grad():
-        states = decoder.model(WINDOWS[:4], output_hidden_states=True).hidden_states
+    states = states_of(decoder, WINDOWS[:4])
     factors = {i + 1: (rms(states[i + 1]) / rms(states[i])).mean().item() for i in (1, 3)}
     assert all(abs(math.log(factor)) > 0.01 for factor in factors.values()), "a toy that needs no repair shows nothing"
     fitted = repair(decoder, removed, "scale", WINDOWS[:4], WINDOWS[4:], 2)
     strength = fitted.edit.about
-    if strength["factors"] == "grown":
-        assert strength["values"] == pytest.approx([f ** strength["power"] for f in factors.values()], rel=1e-3)
-    wanted = reference_scaled(decoder, removed, WINDOWS, dict(zip(factors, strength["values"], strict=True)))
-    with applied(decoder, fitted.edit), torch.no_grad():
-        got = decoder.model(WINDOWS).logits
-    with decoder.masked(removed), torch.no_grad():
-        plain = decoder.model(WINDOWS).logits
+    assert strength["factors"] == pytest.approx([f ** strength["power"] for f in factors.values()], rel=1e-3)
+    wanted = reference_scaled(decoder, removed, WINDOWS, {i: f ** strength["power"] for i, f in factors.items()})
+    got = logits_of(decoder, fitted.edit, WINDOWS)
+    plain = logits_of(decoder, Edit(tuple(removed)), WINDOWS)
     assert same(got, wanted) and not same(plain, wanted, 1e-3)
     assert fitted.losses["none"] == pytest.approx(mean_loss(plain[4:], WINDOWS[4:]), rel=1e-5)
-    key = f"factors {strength['factors']} power {strength['power']}"
+    key = f"power {strength['power']}"
     assert fitted.losses[key] == pytest.approx(mean_loss(got[4:], WINDOWS[4:]), rel=1e-4)
     assert fitted.losses[key] == min(loss for which, loss in fitted.losses.items() if which != "none")
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt-neox"])
-def test_matched_factors_give_the_stream_the_dense_size_behind_each_gap(name):
-    decoder, removed = Decoder(deep(name)), blocks("mha1 mlp1 mha3 mlp3")
-    with torch.no_grad():
-        states = decoder.model(WINDOWS, output_hidden_states=True).hidden_states
-    path = steps_of(decoder, removed)
-    first, second = growth(decoder, path, gaps_of(path), WINDOWS, 6)["matched"]
-    assert first == pytest.approx((rms(states[2]) / rms(states[1])).mean().item(), rel=1e-4)
-    seen = []
-    hook = decoder.layers[4].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    reference_scaled(decoder, removed, WINDOWS, {2: first})
-    hook.remove()
-    assert second == pytest.approx((rms(states[4]) / rms(seen[0])).mean().item(), rel=1e-4)
 
 
 def mean_loss(logits, ids):
@@ -142,19 +144,17 @@ def test_a_gap_within_layers_is_measured_between_the_states_around_it():
     seen = {}
     norms = [decoder.layers[i].post_attention_layernorm for i in (1, 3)]  # both are given the state before their MLP
     hooks = [m.register_forward_pre_hook(lambda m, args, k=k: seen.update({k: args[0]})) for k, m in enumerate(norms)]
-    with torch.no_grad():
-        states = decoder.model(WINDOWS, output_hidden_states=True).hidden_states
+    states = states_of(decoder, WINDOWS)
     for hook in hooks:
         hook.remove()
     steps = steps_of(decoder, blocks("mlp1 mha2 mlp2 mha3"))
-    factors = growth(decoder, steps, gaps_of(steps), WINDOWS, 4)["grown"]
+    factors = growth(decoder, steps, gaps_of(steps), WINDOWS, 4)
     assert factors == pytest.approx([(rms(seen[1]) / rms(seen[0])).mean().item()], rel=1e-5)
     steps = steps_of(decoder, blocks("mlp4"))
     with torch.no_grad():
         last = decoder.run(4, ("mha",), states[4], decoder.embed(WINDOWS))
         full = decoder.run(4, ("mlp",), last, decoder.embed(WINDOWS))
-    measured = growth(decoder, steps, gaps_of(steps), WINDOWS)
-    assert measured["grown"] == measured["matched"] == pytest.approx([(rms(full) / rms(last)).mean().item()])
+    assert growth(decoder, steps, gaps_of(steps), WINDOWS) == pytest.approx([(rms(full) / rms(last)).mean().item()])
 
 
 def test_writers_are_what_the_families_have():
@@ -203,8 +203,7 @@ def test_every_format_gives_the_logits_of_the_repaired_model(format, name, remov
     decoder = Decoder(load_model(folder, "fp32"))
     fitted = repair(decoder, blocks(removed), "scale", WINDOWS[:4], WINDOWS[4:])
     ids = torch.tensor([GGUF_IDS if format == "gguf" else IDS])
-    with applied(decoder, fitted.edit), torch.no_grad():
-        wanted = decoder.model(ids).logits[0]
+    wanted = logits_of(decoder, fitted.edit, ids)[0]
     written = export(folder, fitted.edit, tmp_path / "out", format)
     assert written["edit"]["method"] == "scale" and written["removed"] == removed.split()
     assert "scale" in (tmp_path / "out" / "README.md").read_text()
@@ -216,8 +215,7 @@ def test_every_format_gives_the_logits_of_the_repaired_model(format, name, remov
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
         with torch.no_grad():
             got = again(ids).logits[0]
-    with decoder.masked(fitted.edit.removed), torch.no_grad():
-        plain = decoder.model(ids).logits[0]
+    plain = logits_of(decoder, Edit(tuple(fitted.edit.removed)), ids)[0]
     assert same(got, wanted)
     assert format == "gguf" or not same(plain, wanted, 1e-3)
 
@@ -290,6 +288,22 @@ def test_a_repair_that_harms_is_refused_unless_forced(run, tmp_path, monkeypatch
     assert run(force=True).code == 0
 
 
+def test_eval_repairs_and_exports_what_it_measured(evaluate, toy_folder, tmp_path, run):
+    run(output_dir=tmp_path / "elsewhere")  # writes own.txt and order.json first
+    given = dict(model_path=toy_folder(num_hidden_layers=4), ppl_search_file=tmp_path / "order.json", del_block_num=2)
+    given |= dict(repair="scale", repair_dataset=tmp_path / "own.txt")
+    plain = evaluate(**{**given, "repair": None}).result
+    done = evaluate(**given, export_path=tmp_path / "out")
+    assert done.code == 0 and done.result["repair"]["method"] == "scale", done
+    assert done.result["dense_perplexity"] == plain["dense_perplexity"]
+    assert done.result["perplexity"] != pytest.approx(plain["perplexity"], rel=1e-3)
+    again = evaluate(model_path=tmp_path / "out", trust_remote_code=True).result
+    assert again["dense_perplexity"] == pytest.approx(done.result["perplexity"], rel=1e-5)
+    assert_refused(evaluate(**given, cal_dataset=tmp_path / "own.txt"), "--repair-dataset", "is measured on, too")
+    assert_refused(evaluate(**{**given, "repair": "glue"}), "--repair glue: no such method", "scale, reconstruct")
+    assert_refused(evaluate(**{**given, "del_block_num": 0}), "--repair scale: nothing is removed")
+
+
 def test_bad_input_is_one_line(run, toy_folder, damaged, tmp_path):
     def refused(*says, **changes):
         before = tree(tmp_path)
@@ -335,16 +349,12 @@ def test_states_that_are_not_finite_are_one_line(run, toy_folder, tmp_path):
 # ---- reconstruct and streamline ----------------------------------------------------------------------------------
 
 
-FEW = WINDOWS[:4]  # of random tokens: what is learnt of them holds for no others
-
-
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "gemma3", "olmo2", "gpt-neox", "mixtral"])
 def test_reconstruct_follows_the_dense_stream_and_touches_the_blocks_next_to_gaps(name):
     decoder, removed = Decoder(deep(name)), blocks("mha2 mlp2")
     before = {key: value.clone() for key, value in decoder.model.state_dict().items()}
     (_, full), *_, (strength, edit) = reconstruct(decoder, removed, FEW, FEW, 2, None, 60, 1e-2)
-    with torch.no_grad():
-        wanted = decoder.model(FEW, output_hidden_states=True).hidden_states
+    wanted = states_of(decoder, FEW)[3]
     near = ("mlp1", "mha3") if name != "gpt-neox" else ("mha1 mlp1", "mha3 mlp3")
     assert tuple(strength["errors"]) == near
     layers = {int(part) for key in edit.tensors for part in key.split(".") if part.isdecimal() and len(part) == 1}
@@ -352,16 +362,8 @@ def test_reconstruct_follows_the_dense_stream_and_touches_the_blocks_next_to_gap
     assert all(torch.equal(value, before[key]) for key, value in decoder.model.state_dict().items())
 
     def error(edited):
-        """Of the state entering layer 3, by hooks on the model itself."""
-        seen = []
-        hook = decoder.layers[3].register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-        with applied(decoder, edited), torch.no_grad():
-            decoder.model(FEW)
-        hook.remove()
-        off = (seen[0] - wanted[3]).square().sum(-1) / wanted[3].square().sum(-1)
-        return off.mean().item()
+        state = entering(decoder, 3, lambda: logits_of(decoder, edited, FEW))
+        return ((state - wanted).square().sum(-1) / wanted.square().sum(-1)).mean().item()
 
     first, last = strength["errors"][near[0]]
     assert error(Edit(tuple(removed))) == pytest.approx(first, rel=1e-3)
@@ -375,20 +377,10 @@ def test_streamline_puts_one_trained_layer_in_the_place_of_a_run():
     full = next(e for _, e in streamline(decoder, removed, FEW, FEW, 2, None, 100, 1e-2))
     assert list(full.removed) == blocks("mha3 mha2 mlp2")
     assert {name.split(".")[2] for name in full.tensors} == {"1"} and len(full.tensors) == 9
-    with torch.no_grad():
-        wanted = decoder.run(
-            3, ("mha",), decoder.model(FEW, output_hidden_states=True).hidden_states[3], decoder.embed(FEW)
-        )
+    wanted = decoder.run(3, ("mha",), states_of(decoder, FEW)[3], decoder.embed(FEW))
 
     def error(edited):
-        seen = []
-        hook = decoder.layers[3].register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-        with applied(decoder, edited), torch.no_grad():
-            decoder.model(FEW)
-        hook.remove()
-        return relative_error(seen[0], wanted).item()
+        return relative_error(entering(decoder, 3, lambda: logits_of(decoder, edited, FEW)), wanted).item()
 
     assert error(full) < 0.9 * error(Edit(full.removed)), "trained towards the dense state behind the whole gap"
     with pytest.raises(ValueError, match="streamline: none of the removed blocks make up a whole layer"):
@@ -402,16 +394,14 @@ def test_streamline_puts_one_trained_layer_in_the_place_of_a_run():
 def test_replaceme_is_weighted_least_squares_merged_into_the_writer(name):
     """A ridge of almost nothing: numpy's solution on the states that transformers reports."""
     decoder, removed = Decoder(deep(name)), blocks("mha2 mlp2")
-    windows, stream = WINDOWS[:4], decoder.embed(WINDOWS[:4])
-    with torch.no_grad():
-        states = decoder.model(windows, output_hidden_states=True).hidden_states
+    states, stream = states_of(decoder, FEW), decoder.embed(FEW)
     y = decoder.run(1, ("mha",), states[1], stream)
     U, target = ((x.flatten(0, 1).double().numpy()) for x in (decoder.run(1, ("mlp",), y, stream) - y, states[3]))
     weight = 1 / np.linalg.norm(target, axis=1, keepdims=True)
     residual = target - y.flatten(0, 1).double().numpy()
     T, *_ = np.linalg.lstsq(weight * U, weight * residual, rcond=None)
-    found = [(s, e) for s, e in replaceme(decoder, removed, windows, WINDOWS[4:], 2)]
-    sums, _ = moments(decoder, steps_of(decoder, removed), {3: 6}, windows, 2, None)
+    found = [(s, e) for s, e in replaceme(decoder, removed, FEW, FEW, 2)]
+    sums, _ = moments(decoder, steps_of(decoder, removed), {3: 6}, FEW, 2)
     assert np.allclose(least_squares(*sums[3], 1e-12).numpy(), T, atol=1e-3 * np.abs(T).max())
     strength, edit = found[0]
     wanted = least_squares(*sums[3], strength["ridge"])
@@ -461,8 +451,7 @@ def test_the_hadamard_basis_is_orthonormal_and_spreads_a_single_channel(n):
 
 def test_the_linear_form_is_weighted_least_squares():
     decoder, removed = Decoder(deep("llama")), blocks("mha2 mlp2")
-    with torch.no_grad():
-        states = decoder.model(FEW, output_hidden_states=True).hidden_states
+    states = states_of(decoder, FEW)
     X, target = (states[k].flatten(0, 1).double().numpy() for k in (2, 3))
     weight = 1 / np.linalg.norm(target, axis=1, keepdims=True)
     T, *_ = np.linalg.lstsq(weight * X, weight * target, rcond=None)
@@ -485,8 +474,7 @@ def test_hf_holds_the_matrices_and_no_other_format_does(name, removed, toy_folde
     folder = toy_folder(name)
     decoder = Decoder(load_model(folder, "fp32"))
     *_, (_, edit) = linear(decoder, blocks(removed), FEW, FEW, 2)
-    with applied(decoder, edit), torch.no_grad():
-        wanted = decoder.model(FEW).logits
+    wanted = logits_of(decoder, edit, FEW)
     with decoder.masked(edit.removed), torch.no_grad():
         assert not same(decoder.model(FEW).logits, wanted, 1e-3)
     assert export(folder, edit, tmp_path / "out")["format"] == "hf"

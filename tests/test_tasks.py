@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import socket
@@ -9,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jinja2
 import pytest
 import torch
 
@@ -425,8 +425,156 @@ def test_unknown_answer_is_an_error_not_a_wrong_item(tmp_path):
     rows = toy_rows()
     for row in rows["winogrande"]:
         row["answer"] = ""  # as in the hub's test split
-    with pytest.raises(jinja2.UndefinedError):
+    with pytest.raises(ValueError, match='winogrande.jsonl, line 1: answer holds \'\', not "1" or "2"'):
         load_local("winogrande", write_rows(tmp_path / "data", rows))
+
+
+WRONG = {  # task: changes of a row, and what is said
+    "piqa": (
+        (dict(label=5), "label holds 5, not 1 or 0"),
+        (dict(label=-1), "label holds -1"),
+        (dict(label="0"), "label holds '0'"),
+        (dict(label=True), "label holds True"),
+        (dict(sol2=None), "sol2 holds None"),
+        (dict(sol1="  "), "sol1 holds '  '"),
+        (dict(goal=[]), "goal holds []"),
+        (dict(goal="\ud800"), "half a surrogate pair"),
+        (dict(id=10**30), "too large a number"),
+    ),
+    "winogrande": (
+        (dict(sentence="No blank at all."), "no blank _"),
+        (dict(sentence="Nothing behind _ "), "no blank _ with text behind it"),
+        (dict(answer="3"), "answer holds '3'"),
+        (dict(answer=1), "answer holds 1, not a string"),
+    ),
+    "hellaswag": (
+        (dict(gold=4), "gold holds 4, not 0..3"),
+        (dict(gold="x"), "gold holds 'x'"),
+        (dict(choices=["one"], gold=0), "choices has 1, not two or more"),
+        (dict(choices=["one", None], gold=0), "choices[1] holds None"),
+        (dict(choices="ab", gold=0), "choices holds 'ab'"),
+    ),
+    "arc_easy": (
+        (dict(answerKey="E"), "answerKey holds 'E', not one of the labels"),
+        (dict(choices={"text": ["a"], "label": ["A"]}, answerKey="A"), "choices has 1 texts"),
+        (dict(choices={"text": ["a", "b"], "label": ["A", "A"]}, answerKey="A"), "each with its own label"),
+        (dict(choices={"text": ["a", "b"], "label": ["A"]}, answerKey="A"), "each with its own label"),
+        (dict(choices=None), "choices holds None"),
+    ),
+    "openbookqa": ((dict(question_stem=None), "question_stem holds None"),),
+    "boolq": ((dict(label=2), "label holds 2"), (dict(passage=3), "passage holds 3")),
+    "mmlu": ((dict(choices=["a"] * 3, answer=0), "choices has 3, not 4"), (dict(answer=4), "answer holds 4, not 0..3")),
+    "lambada_openai": ((dict(text="word"), "no last word"), (dict(text=None), "text holds None")),
+    "triviaqa": ((dict(answer={"aliases": []}), "no aliases"), (dict(answer="x"), "answer holds 'x'")),
+}
+LINES = {  # instead of a row
+    b"{": "not JSON",
+    b"[1]": "is no row",
+    b"null": "None is no row",
+    b"[" * 100_000: "not JSON",
+    b"{}": "has no goal, sol1, sol2, label",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_wrong_row_is_named_before_anything_is_scored(tmp_path, name):
+    for k, (change, says) in enumerate(WRONG[name]):
+        rows = toy_rows()
+        rows[name][2] |= change
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        with pytest.raises(ValueError) as error:
+            tasks.check_tasks([name], folder)
+        assert f"{name}.jsonl, line 3: " in str(error.value) and says in str(error.value), error.value
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_line_that_is_no_row_is_named(tmp_path, line):
+    good = json.dumps(toy_rows()["piqa"][0]).encode()
+    (tmp_path / "piqa.jsonl").write_bytes(good + b"\n\n" + line + b"\n")
+    with pytest.raises(ValueError) as error:
+        tasks.check_tasks(["piqa"], tmp_path)
+    assert "piqa.jsonl, line 3: " in str(error.value) and LINES[line] in str(error.value)
+
+
+@pytest.mark.parametrize("content, says", ((b"", "no rows"), (b"\n", "no rows"), (b"\xff\xfe", "not UTF-8")))
+def test_a_task_file_without_rows_is_refused(tmp_path, content, says):
+    (tmp_path / "piqa.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        tasks.check_tasks(["piqa"], tmp_path)
+
+
+def test_columns_of_two_types_are_refused_where_the_second_is(tmp_path):
+    rows = [row | {"id": k if k else "first"} for k, row in enumerate(toy_rows()["piqa"])]
+    with pytest.raises(ValueError, match="line 2: id holds a number, in the rows before text"):
+        tasks.check_tasks(["piqa"], write_rows(tmp_path / "data", {"piqa": rows}))
+
+
+def test_a_task_file_that_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "piqa.jsonl")
+    with pytest.raises(ValueError, match="not a regular file"):
+        tasks.check_tasks(["piqa"], tmp_path)
+
+
+@pytest.mark.parametrize("name", tasks.LOCAL)
+def test_random_rows_are_named_or_loaded(tmp_path, name):
+    """What passes is what the harness can read and score: it loads, and every answer is one of the choices."""
+    from test_orders import damage
+
+    rng, refused = random.Random(name), 0
+    for k in range(40):
+        rows = toy_rows(4)[name]
+        rows[rng.randrange(4)] = damage(rows[0], rng)
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            tasks.check_tasks([name], folder)
+        except ValueError as error:
+            assert f"{name}.jsonl" in str(error) and len(str(error).splitlines()) == 1
+            refused += 1
+            continue
+        task = load_local(name, folder)
+        for doc in task.eval_docs:
+            target = task.doc_to_target(doc)
+            if task.OUTPUT_TYPE == "multiple_choice" and name != "winogrande":
+                assert 0 <= int(target) < len(task.doc_to_choice(doc)) > 1
+    assert refused > 5
+
+
+@pytest.mark.parametrize("name", ("piqa", "triviaqa"))
+def test_a_model_that_answers_nan_gets_no_score(tmp_path, no_network, name):
+    rows = toy_rows()
+    tokenizer, folder = toy_tokenizer(rows), write_rows(tmp_path / "data", rows)
+    model = toy_model(tokenizer)
+    model.lm_head.weight.data[7, 3] = math.nan
+    with pytest.raises(ValueError, match="NaN.*no score"):
+        tasks.zero_shot(model, tokenizer, [name], limit=2, task_data=folder)
+
+
+def test_a_tokenizer_without_special_tokens_is_refused_by_name(tmp_path, no_network):
+    rows = toy_rows()
+    tokenizer, folder = toy_tokenizer(rows), write_rows(tmp_path / "data", rows)
+    model = toy_model(tokenizer)
+    tokenizer.eos_token = None
+    assert tasks.zero_shot(model, tokenizer, ["piqa"], limit=2, task_data=folder)["piqa"]["items"] == 2
+    with pytest.raises(ValueError, match="no EOS token, with which answers end"):
+        tasks.zero_shot(model, tokenizer, ["triviaqa"], limit=2, task_data=folder)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="no BOS and no EOS token"):
+        tasks.zero_shot(model, tokenizer, ["piqa"], limit=2, task_data=folder)
+
+
+def test_tokens_that_the_model_lacks_are_refused(tmp_path, no_network):
+    rows = toy_rows()
+    tokenizer, folder = toy_tokenizer(rows), write_rows(tmp_path / "data", rows)
+    model = toy_model(tokenizer)
+    model.resize_token_embeddings(260)
+    for name in ("piqa", "triviaqa"):
+        with pytest.raises(ValueError, match=r"the tokenizer gives token \d+ for a task, the model knows 0..259"):
+            tasks.zero_shot(model, tokenizer, [name], limit=4, task_data=folder)
 
 
 def run_python(*arguments):
@@ -450,7 +598,7 @@ def test_missing_harness_is_named():
 
 
 def test_local_task_errors(tmp_path):
-    (tmp_path / "piqa.jsonl").write_text("{}\n")
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(toy_rows()["piqa"][0]))
     assert tasks.local_task("piqa", tmp_path)["dataset_kwargs"]["data_files"] == {
         "validation": str(tmp_path / "piqa.jsonl")
     }
@@ -463,7 +611,7 @@ def test_local_task_errors(tmp_path):
 
 
 def test_check_tasks_errors(tmp_path, monkeypatch):
-    (tmp_path / "piqa.jsonl").write_text("{}\n")
+    (tmp_path / "piqa.jsonl").write_text(json.dumps(toy_rows()["piqa"][0]))
     tasks.check_tasks(["piqa"], tmp_path)
     with pytest.raises(ValueError, match="'wikitext' has no variant"):
         tasks.check_tasks(["piqa", "wikitext"], tmp_path)

@@ -20,13 +20,25 @@ from typing import NamedTuple
 
 import torch
 
-from lib.blocks import KINDS
-from lib.decoder import find_layers
+from lib import hub
+from lib.blocks import KINDS, Block
+from lib.decoder import block_parameters, find_layers
 from lib.edits import Edit, check_shape, name_in
 from lib.export.config import config_json
 from lib.families import FAMILIES
-from lib.hub import locate
-from lib.model import DTYPES, check_whole, inside_another, load_config, load_model, quiet, readable, skeleton, text_name
+from lib.hub import WEIGHTS, locate
+from lib.model import (
+    DTYPES,
+    check_whole,
+    inside_another,
+    load_config,
+    load_model,
+    parameter_count,
+    quiet,
+    readable,
+    skeleton,
+    text_name,
+)
 
 SHARD_BYTES = 5 * 10**9
 CODES = {  # the names of safetensors
@@ -42,6 +54,7 @@ CODES = {  # the names of safetensors
     torch.bool: "BOOL",
 }
 LAYER = re.compile(r"((?:.*?\.)?(?:layers|h|blocks?)\.)(\d+)\.(.+)")
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configurations call an MLP's channels
 INDEX = {"model.safetensors": "model.safetensors.index.json", "pytorch_model.bin": "pytorch_model.bin.index.json"}
 
 
@@ -80,7 +93,9 @@ class Source:
     decoder layers, their number, and their row of FAMILIES. parallel: whether attention and MLP of a
     layer read the same state, so that an attention and the MLP of another layer are no layer.
     native: whether the model's code is transformers' own. edit: an Edit, whose tensors and
-    configuration are read in place of the files'. No weights are read before they are asked for.
+    configuration are read in place of the files'. widths: {layer: channels} of its narrowed MLPs, empty where the
+    configuration says one width for all; dense: (the configuration, the model without weights) as they were before
+    that. No weights are read before they are asked for.
     Raises ValueError, one line, for what cannot be read, and for a checkpoint that is quantised or pruned.
     """
 
@@ -102,6 +117,8 @@ class Source:
                 setattr(self.config, field, value)
             with torch.device("meta"):
                 self.bare = type(self.bare)(copy.deepcopy(self.config)).eval()
+        self.dense, self.widths = (self.config, self.bare), edit.kept("mlp")
+        self._make_narrow()
         if not self.config.architectures:  # a .gguf file tells none, and other programs choose by it
             self.config.architectures = [type(self.bare).__name__]
         self.native = type(self.bare).__module__.startswith("transformers.")
@@ -114,6 +131,45 @@ class Source:
         where, self.gguf = locate(path)
         self.dtype = DTYPES[compute_dtype or "bf16"] if self.gguf or compute_dtype else None
         self._where = where
+
+    def _make_narrow(self):
+        """Where all MLPs that stay have one width that the configuration can say, have it say so."""
+        layers = find_layers(self.bare)
+        there = [i for i in range(len(layers)) if ("mlp", i) not in set(self.edit.removed)]
+        field = next((name for name in WIDTHS if getattr(self.config, name, None)), None)
+        if not self.widths or field is None or len({self.widths.get(i) for i in there}) > 1:
+            return
+        config = copy.deepcopy(self.config)
+        setattr(config, field, next(iter(self.widths.values())))
+        with torch.device("meta"):
+            bare = type(self.bare)(copy.deepcopy(config)).eval()
+        shapes = {name: p.shape for name, p in bare.named_parameters()}
+        if all(shapes.get(name, shape) == shape for name, shape in self._new_shapes().items()):
+            self.config, self.bare, self.widths = config, bare, {}
+
+    def _new_shapes(self):
+        """Return {name in memory: shape} of the tensors that the edit has made narrower, or added."""
+        shapes, there = {}, {name: p.shape for name, p in self.dense[1].named_parameters()}
+        for name in self.edit.tensors if self.edit.widths else ():
+            shape = self.edit.load(name).shape
+            weight = name_in(there, name.removesuffix("bias") + "weight" if name.endswith("bias") else name, self.bare)
+            name = weight.removesuffix("weight") + name.rpartition(".")[2]
+            if shape != there.get(name):
+                shapes[name] = shape
+        return shapes
+
+    def parameters(self):
+        """Return (parameters of the model as it was, those that the edit leaves)."""
+        config, bare = self.dense
+        there = {name: p.numel() for name, p in bare.named_parameters()}
+        total, narrow = parameter_count(bare), self._new_shapes()
+        less = sum(there.get(name, 0) - shape.numel() for name, shape in narrow.items())
+        return total, total - block_parameters(find_layers(bare), self.edit.removed) - less
+
+    def verify_dense(self):
+        """Raise ValueError unless the files hold what the model as it was needs, as `verify`."""
+        config, bare = self.dense
+        verify(type(bare), config, [*self._stored.values()])
 
     @functools.cached_property
     def folder(self):
@@ -159,26 +215,58 @@ class Source:
 
     def names(self):
         """Return the names of all tensors, as the files have them."""
-        return list(self._stored)
+        return [*self._stored, *(name for name in self._replaced if name not in self._stored)]
 
     @functools.cached_property
     def _replaced(self):
-        """{name in the file: the edit's name of it}"""
-        return {name_in(self._stored, name, self.bare): name for name in self.edit.tensors}
+        """{name in the file: the edit's name of it}; a bias that the file has not is named after the weight's."""
+        found = {}
+        for name in self.edit.tensors:
+            try:
+                found[name_in(self._stored, name, self.bare)] = name
+            except ValueError:
+                if not (name.endswith(".bias") and self.edit.widths):
+                    raise
+                weight = name_in(self._stored, f"{name.removesuffix('bias')}weight", self.bare)
+                found[f"{weight.removesuffix('weight')}bias"] = name
+        return found
+
+    def _narrow(self, name):
+        """Whether a tensor is one whose shape the edit may change."""
+        place = self.place(name) if self.edit.widths and name in self._replaced else None
+        return place is not None and any(Block(kind, place.layer) in self.edit.widths for kind in place.kinds)
+
+    def narrow_shapes(self):
+        """Return {layer: {name within the layer: shape}} of tensors that the configuration says nothing of."""
+        shapes = {}
+        for name in self._replaced:
+            place = self.place(name)
+            if self._narrow(name) and (self.widths or name in self.added or place.kinds == ("mha",)):
+                shapes.setdefault(str(place.layer), {})[place.rest] = list(self.entry(name).shape)
+        return shapes
+
+    @property
+    def added(self):
+        """The biases that the edit gives projections which have none."""
+        return [name for name in self._replaced if name not in self._stored]
 
     def tensor(self, name):
         """Return one tensor, on the CPU: the edit's, where it replaces this one."""
         if name in self._replaced:
             tensor = self.edit.load(self._replaced[name]).cpu()
-            check_shape(name, tensor, self._stored[name].shape)
-            return tensor.to(self.dtype or self._stored[name].dtype)
+            if not self._narrow(name):
+                check_shape(name, tensor, self._stored[name].shape)
+            return tensor.to(self.entry(name).dtype)
         with readable(self.path, "weights"):
             tensor = self._stored[name].load()
         return tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor
 
     def entry(self, name, new_name=None):
         """Return the Entry that writes a tensor, under another name where one is given."""
-        _, shape, dtype, _ = self._stored[name]
+        like = name if name in self._stored else f"{name.removesuffix('bias')}weight"
+        _, shape, dtype, _ = self._stored[like]
+        if self._narrow(name):
+            shape = tuple(self.edit.load(self._replaced[name]).shape)
         dtype = self.dtype if self.dtype and dtype.is_floating_point else dtype
         return Entry(new_name or name, shape, dtype, lambda: self.tensor(name))
 
@@ -373,7 +461,7 @@ def _snapshot(name):
     from huggingface_hub import snapshot_download
 
     small = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*"]
-    for weights in ("*.safetensors", "pytorch_model*.bin"):
+    for weights in WEIGHTS if hub.PICKLED else WEIGHTS[:1]:
         folder = Path(snapshot_download(name, allow_patterns=[*small, weights], ignore_patterns=["*/*"]))
         if _weight_files(folder):
             break

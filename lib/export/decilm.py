@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from lib.export.checkpoint import verify, write_shards, zeros
+from lib.export.checkpoint import write_shards, zeros
 from lib.export.layers import places, repack
 
 FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2"), "silu")  # no norms of queries and keys, none behind a block
@@ -59,7 +59,11 @@ def as_decilm(source, removed, info):
             f"format decilm: {config.num_attention_heads} heads of {size} are not the hidden size "
             f"{config.hidden_size}, as mlx-lm wants it; use format gguf or hf"
         )
-    verify(type(source.bare), config, [source.entry(name) for name in source.names()])
+    if source.added:
+        raise ValueError(f"format decilm: it has no {source.added[0]}, which the refit has made; use format gguf or hf")
+    if heads := source.edit.kept("mha"):
+        raise ValueError(f"format decilm: mha{min(heads)} has fewer heads than others; use format gguf or hf")
+    source.verify_dense()
     entries = _entries(source, layers)
     info["stored_parameters"] = sum(math.prod(entry.shape) for entry in entries)  # zeros, wider MLPs
     most = most_tokens(source, removed)
@@ -152,7 +156,7 @@ def padded(width):
 def _config(source, layers, info):
     """Return config.json."""
     config = source.config
-    width, rope = padded(config.intermediate_size), dict(config.rope_parameters)
+    rope = dict(config.rope_parameters)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     mha = {
         "no_op": False,
@@ -160,8 +164,10 @@ def _config(source, layers, info):
         "n_heads_in_group": config.num_attention_heads // config.num_key_value_heads,
     }
     # read back as int(2 * ffn_mult * hidden_size / 3), then up to a multiple of 256: aimed at the middle
-    mlp = {"no_op": False, "replace_with_linear": False, "ffn_mult": 1.5 * (width - WIDTH // 2) / config.hidden_size}
-    no_mha, no_mlp = mha | {"no_op": True, "n_heads_in_group": None}, mlp | {"no_op": True, "ffn_mult": None}
+    widths = [padded(0 if layer.mlp is None else _width(source, layer.mlp)) for layer in layers]
+    multiples = [1.5 * (width - WIDTH // 2) / config.hidden_size if width else None for width in widths]
+    mlps = [{"no_op": not m, "replace_with_linear": False, "ffn_mult": m} for m in multiples]
+    no_mha = mha | {"no_op": True, "n_heads_in_group": None}
     kept = {
         name: getattr(config, name)
         for name in (
@@ -184,7 +190,7 @@ def _config(source, layers, info):
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         **kept,
         "num_hidden_layers": len(layers),
-        "intermediate_size": width,
+        "intermediate_size": max(widths),
         "head_dim": head_size(config),
         "attention_bias": _has_bias(source),
         "mlp_bias": False,
@@ -193,8 +199,8 @@ def _config(source, layers, info):
         "rope_parameters": rope,
         "dtype": str(source.entry(_embedding(source)).dtype).removeprefix("torch."),
         "block_configs": [
-            {"attention": no_mha if layer.mha is None and i else mha, "ffn": no_mlp if layer.mlp is None else mlp}
-            for i, layer in enumerate(layers)
+            {"attention": no_mha if layer.mha is None and i else mha, "ffn": mlp}
+            for i, (layer, mlp) in enumerate(zip(layers, mlps, strict=True))
         ],
         "pruning_info": info,
     }
@@ -205,7 +211,8 @@ def _entries(source, layers):
     config, entries = source.config, []
     for entry in source.relabelled(places(layers)):
         if ".mlp." in entry.name:
-            entry = _widened(entry, int("down_proj" in entry.name), padded(config.intermediate_size))
+            dim = int("down_proj" in entry.name)
+            entry = _widened(entry, dim, padded(entry.shape[dim]))
         entries.append(entry)
     H, dtype = config.hidden_size, source.entry(_embedding(source)).dtype  # a tied head is the embedding, here too
     if layers[0].mha is None:
@@ -221,6 +228,10 @@ def _entries(source, layers):
         outputs = [name.replace("q_proj", "o_proj") for name in names if name.endswith("q_proj.bias")]
         entries += [zeros(name, (H,), dtype) for name in sorted({*outputs} - names)]
     return entries
+
+
+def _width(source, layer):
+    return source.widths.get(layer, source.config.intermediate_size)
 
 
 def _has_bias(source):

@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lib.export.gguf import read_info
+from lib.files import LONGEST, beside, expand, own, sweep, sync_folder
 from lib.hub import locate, model_name
 from lib.model import gguf_reader, parsed_once, quiet, readable
 
@@ -46,7 +47,8 @@ WRITTEN = (  # all that an export may consist of
 def check_target(folder, path, overwrite=False):
     """Raise ValueError where `folder` is taken: by files, or with `overwrite` by anything but an earlier export."""
     folder = _place(folder)
-    if folder.is_file():
+    sweep(folder)  # an export that was killed while it replaced an older one
+    if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"{folder}: a file; give a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
@@ -69,30 +71,43 @@ def check_target(folder, path, overwrite=False):
 
 def _place(folder):
     """Return where `folder` is, behind links: it is replaced on its own disk. Refuse what cannot be replaced."""
-    place = Path(folder).expanduser().resolve()
+    place = Path(os.path.realpath(expand(folder)))
     if place.is_mount():
         raise ValueError(f"{folder}: a mount point, which no finished folder can replace; give a folder in it")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(place.with_name(place.name + "x" * LONGEST))
+            place.stat()
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; give another name") from None
     return place
 
 
 @contextlib.contextmanager
 def complete_or_nothing(folder):
-    """Give an empty folder beside `folder` that takes its place at the end, and is gone after an error."""
+    """Give an empty folder beside `folder` that takes its place at the end, and is gone after an error.
+
+    `folder` is ours meanwhile (lib.files.own): another run on it is refused. What a run that was killed has left goes.
+    """
     folder = _place(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except OSError as error:
-        raise ValueError(f"{folder}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists():
-            shutil.rmtree(old) if folder.exists() else old.rename(folder)
+    with own(folder):
+        temporary, old = beside(folder, "tmp"), beside(folder, "old")
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in (path for path in temporary.rglob("*") if path.is_file()):
+                with open(file, "rb") as opened:  # on the disk before it has its name
+                    os.fsync(opened.fileno())
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+        except OSError as error:
+            raise ValueError(f"{folder}: {error.strerror or error}; nothing was left there") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists():
+                shutil.rmtree(old) if folder.exists() else old.rename(folder)
 
 
 def copy_small_files(source, folder, format):
@@ -185,11 +200,18 @@ def card(source, info, how_to_load):
     metric, kind = search.get("metric", "ppl"), search.get("block_type", "mix")
     found = "found by BlockPruner" if (metric, kind) == ("ppl", "mix") else f"chosen by {metric}, block type {kind}"
     repaired = info.get("edit", {}).get("perplexity", {})  # of lib.repair: {which: {text: perplexity}}
+    if metric == "list":
+        found = "named one by one"
     if "edit" in info:
         by = f"by {info['edit'].get('method', 'an edit')}, which changes weights of the others, too"
         found = f"{found}, and repaired {by}" if repaired else by
     lines += [f"{info['base_model']} without {n} attention (mha) and MLP blocks, {found}:", ""]
     lines += [" ".join(info["removed"]) or "none", ""]
+    if widths := info.get("edit", {}).get("widths"):
+        lines += [
+            f"Channels that the MLPs keep, by layer of the base: {', '.join(f'{i}: {n}' for i, n in widths.items())}",
+            "",
+        ]
     if "pruned_before" in info:
         lines += [f"{info['base_model']} was pruned before: `pruned_before` in `pruning_info` says how.", ""]
     lines += ["| | base | pruned |", "|---|---|---|"]

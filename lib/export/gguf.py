@@ -1,6 +1,6 @@
 """Write a pruned model as a GGUF file for llama.cpp, from a checkpoint or straight from a .gguf file.
 
-Where the kept blocks repack into whole layers the file has the family's own architecture (lib.export.gguf_archs).
+Where the kept blocks repack into whole layers the file has the family's own architecture (lib.gguf_archs).
 Else it is "deci" (Nemotron-NAS), whose layers may lack attention or MLP, and which runs the blocks of Llama and Qwen2.
 From a .gguf file the tensors are copied byte for byte, quantised ones too; nothing is dequantised.
 
@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 
 from lib.edits import check_shape
-from lib.export.checkpoint import check_space, verify
+from lib.export.checkpoint import check_space
 from lib.export.decilm import check_attention, check_family, head_size, most_tokens, rotation, window_note
-from lib.export.gguf_archs import ARCHS, BY_NAME, DECI, slides, window_fields
 from lib.export.gguf_vocab import vocabulary
 from lib.export.layers import places, repack
+from lib.gguf_archs import ARCHS, BY_NAME, DECI, slides, window_fields
 from lib.model import gguf_reader, llama3_factors, load_tokenizer, readable
 
 IDLE = 256  # width of an MLP that stands for none: a multiple of every quantised type's block
@@ -62,8 +62,16 @@ class Model(NamedTuple):
 
 def as_gguf(source, removed, info):
     """One file, model.gguf; a format of lib.export.FORMATS."""
+    if source.gguf and (heads := source.edit.kept("mha")):
+        raise ValueError(
+            f"format gguf: mha{min(heads)} loses heads, which a .gguf file is not rewritten for; give the model's "
+            "folder, or use format hf"
+        )
     model = replaced(read_gguf(source.path), source.edit) if source.gguf else from_checkpoint(source, removed)
     pruned = prune(model, removed)
+    padding = {i: _stored_width(model, i, width) - width for i, width in source.edit.kept("mlp").items()}
+    if source.gguf and any(padding.values()):
+        info["padded_channels"] = {str(i): n for i, n in padding.items() if n}
     note = "" if source.gguf else window_note(source, model.get("context_length"), info)
 
     def write(folder):
@@ -84,11 +92,17 @@ def prune(model, removed):
     layers = repack(n, removed)
     check_attention(layers, "gguf")
     short = [layer for layer in layers if None in layer]
-    if short and model.arch not in DECI:
-        raise ValueError(
-            f"format gguf: {short[0]} is left without its other half, and llama.cpp's {model.arch} has whole layers "
-            "only; the nearest format is hf"
-        )
+    heads = model.get("attention.head_count")
+    counts = {
+        "attention.head_count": [_of(heads, layer.mha) for layer in layers],
+        "attention.head_count_kv": [_of(model.get("attention.head_count_kv", heads), layer.mha) for layer in layers],
+        "feed_forward_length": [_of(model.get("feed_forward_length"), layer.mlp) for layer in layers],
+    }
+    uneven = not short and next((key for key, values in counts.items() if len({*values}) > 1), None)
+    if (short or uneven) and model.arch not in DECI:
+        what = f"{short[0]} is left without its other half" if short else f"{uneven} differs from layer to layer"
+        kind = "whole layers" if short else "layers of one width"
+        raise ValueError(f"format gguf: {what}, and llama.cpp's {model.arch} has {kind} only; the nearest format is hf")
     if arch.large and arch.large in (n, len(layers)):
         raise ValueError(
             f"format gguf: llama.cpp takes a {model.arch} of {arch.large} layers for the largest, and scales its "
@@ -103,9 +117,16 @@ def prune(model, removed):
                 continue
             name = f"blk.{where[block]}.{rest}"
         tensors[name] = tensor
-    if short:
-        return _deci(model._replace(tensors=tensors), layers)
+    if short or uneven:
+        return _deci(model._replace(tensors=tensors), layers, counts)
+    if model.arch != "llama" and any(name.endswith("ffn_down.bias") for name in tensors):
+        raise ValueError(
+            f"format gguf: llama.cpp's {model.arch} has no ffn_down.bias, which the refit has made; use hf"
+        )
     fields = model.fields | {f"{model.arch}.block_count": _number(len(layers))}
+    fields |= {
+        f"{model.arch}.{key}": _number(values[0]) for key, values in counts.items() if isinstance(model.get(key), list)
+    }
     if arch.period:
         key = f"{model.arch}.attention.sliding_window"
         window = model.get(
@@ -116,6 +137,11 @@ def prune(model, removed):
         fields = {name: value for name, value in fields.items() if not name.startswith(key)}
         fields |= _window(arch, kept, window, model.get("context_length"))
     return model._replace(fields=fields, tensors=tensors)
+
+
+def _of(values, layer):
+    """Return a layer's number from a field that holds one for all, or a list; 0 for no layer."""
+    return 0 if layer is None else values[layer] if isinstance(values, list) else values
 
 
 def _window(arch, sliding, window, context):
@@ -130,36 +156,33 @@ def _window(arch, sliding, window, context):
     }
 
 
-def _deci(model, layers):
-    """Return the Model under the architecture deci; its tensors have moved already."""
-    heads, width, size = model.get("attention.head_count"), model.get("embedding_length"), _head_size(model)
-    kv_heads, ffn = model.get("attention.head_count_kv", heads), model.get("feed_forward_length")
+def _deci(model, layers, counts):
+    """Return the Model under the architecture deci; its tensors have moved already. counts: its fields, by layer."""
+    width, size = model.get("embedding_length"), _head_size(model)
+    heads, kv_heads, ffn = counts.values()
     fields = {key.replace(f"{model.arch}.", "deci.", 1): value for key, value in model.fields.items()}
     tensors = dict(model.tensors)
-    if model.arch == "qwen2":  # its rotation pairs dimensions half a head apart, deci's neighbouring ones
-        for name, tensor in tensors.items():
-            if name.endswith(("attn_q.weight", "attn_q.bias")):
-                tensors[name] = interleaved(tensor, heads)
-            if name.endswith(("attn_k.weight", "attn_k.bias")):
-                tensors[name] = interleaved(tensor, kv_heads)
     for i, layer in enumerate(layers):
+        if model.arch == "qwen2" and layer.mha is not None:  # its rotation pairs dimensions half a head apart
+            for part, count in (("q", heads[i]), ("k", kv_heads[i])):  # deci's neighbouring ones
+                for name in (f"blk.{i}.attn_{part}.weight", f"blk.{i}.attn_{part}.bias"):
+                    if name in tensors:
+                        tensors[name] = interleaved(tensors[name], count)
         if layer.mlp is None:
             tensors |= {f"blk.{i}.ffn_{part}.weight": zeros(IDLE, width) for part in ("gate", "up")}
             tensors |= {f"blk.{i}.ffn_down.weight": zeros(width, IDLE), f"blk.{i}.ffn_norm.weight": zeros(width)}
     if layers[0].mha is None:
         tensors |= {"blk.0.attn_norm.weight": zeros(width), "blk.0.attn_output.weight": zeros(width, width)}
-    counts = {
-        "attention.head_count": [heads if layer.mha is not None or i == 0 else 0 for i, layer in enumerate(layers)],
-        "attention.head_count_kv": [0 if layer.mha is None else kv_heads for layer in layers],
-        "feed_forward_length": [IDLE if layer.mlp is None else ffn for layer in layers],
-    }
     numbers = {
         "block_count": len(layers),
         "attention.key_length": size,
         "attention.value_length": size,
         "rope.dimension_count": size,
     }
-    fields |= {f"deci.{key}": _numbers(values) for key, values in counts.items()}
+    heads = [max(heads), *heads[1:]] if layers[0].mha is None else heads
+    ffn = [IDLE if layer.mlp is None else n for layer, n in zip(layers, ffn, strict=True)]
+    lists = {"attention.head_count": heads, "attention.head_count_kv": kv_heads, "feed_forward_length": ffn}
+    fields |= {f"deci.{key}": _numbers(values) for key, values in lists.items()}
     fields |= {f"deci.{key}": _number(value) for key, value in numbers.items()}
     return Model("deci", fields, tensors)
 
@@ -201,8 +224,14 @@ def replaced(model, edit):
 
     names = _names(model.arch, model.get("block_count"))
     tensors, heads, shift = dict(model.tensors), model.get("attention.head_count"), BY_NAME[model.arch].shift
+    ffn = model.get("feed_forward_length")
+    widths = {i: _stored_width(model, i, width) for i, width in edit.kept("mlp").items()}
     for name in edit.tensors:
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        part = BLOCK.fullmatch(new or "")
+        narrow = widths.get(int(part[1])) if part and part[3] in BY_NAME[model.arch].mlp else None
+        if narrow and new.endswith("ffn_down.bias"):  # of a refit; llama.cpp adds one where there is one
+            tensors.setdefault(new, zeros(model.get("embedding_length")))
         if new not in tensors:
             raise ValueError(
                 f"format gguf: the edit replaces {name}, which a file of {model.arch} has not; use format hf"
@@ -225,13 +254,50 @@ def replaced(model, edit):
         if model.arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
             dense = interleaved(dense, heads if "attn_q" in new else model.get("attention.head_count_kv", heads))
 
+        if narrow and not new.endswith("ffn_down.bias"):
+            shape, dim = list(edit.load(name).shape), int(new.endswith("ffn_down.weight"))
+            dense, shape[dim] = _with_zeros(dense, dim, narrow), narrow
+            old = old._replace(shape=_packed(shape, old))
+
         def load(name=name, dense=dense, old=old):
             data = gguf.quantize(np.ascontiguousarray(dense.load()), old.type).view(old.dtype)
             check_shape(name, data, old.shape)
             return data
 
         tensors[new] = old._replace(load=load)
-    return model._replace(tensors=tensors)
+    fields = dict(model.fields)
+    if widths:
+        every = [widths.get(i, ffn) for i in range(model.get("block_count"))]
+        fields[f"{model.arch}.feed_forward_length"] = _numbers(every)
+    return model._replace(fields=fields, tensors=tensors)
+
+
+def _stored_width(model, layer, width):
+    """Return the width of an MLP in the file: a quantised type packs so many weights of a row together."""
+    import gguf
+
+    types = (model.tensors[f"blk.{layer}.{part}.weight"].type for part in ("ffn_gate", "ffn_up", "ffn_down"))
+    block = max(gguf.GGML_QUANT_SIZES[kind][0] for kind in types)
+    return -(-width // block) * block
+
+
+def _packed(shape, like):
+    """Return the shape in which a Tensor's type and dtype keep a matrix of this shape."""
+    import gguf
+
+    return gguf.quant_shape_to_byte_shape(shape, like.type) if like.dtype == "uint8" else tuple(shape)
+
+
+def _with_zeros(tensor, dim, size):
+    """Return a dense Tensor with zeros behind it along `dim`, up to `size`."""
+
+    def load():
+        import numpy as np
+
+        data = tensor.load()
+        return np.pad(data, [(0, size - data.shape[d] if d == dim else 0) for d in range(data.ndim)])
+
+    return tensor._replace(load=load)
 
 
 def read_info(path):
@@ -285,16 +351,18 @@ def from_checkpoint(source, removed):
 
     check_family(source, "gguf", {name: arch.activation for name, arch in ARCHS.items()})
     config = source.config
-    verify(type(source.bare), config, [source.entry(name) for name in source.names()])
+    source.verify_dense()
     row, heads, kv_heads = ARCHS[config.model_type], config.num_attention_heads, config.num_key_value_heads
     arch, names, tensors = row.name, _names(row.name, source.n_layers), {}
+    narrow, ffn = source.edit.kept("mha"), config.intermediate_size
     for name in source.names():
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None or new.endswith(".bias") and arch not in DECI:
             raise ValueError(f"{source.path}: {name}: llama.cpp's {arch} has no such tensor; use format hf")
         tensors[new] = _tensor(source.entry(name), row.shift if new.endswith("norm.weight") else 0)
         if arch == "llama" and new.split(".")[-2] in ("attn_q", "attn_k"):
-            tensors[new] = interleaved(tensors[new], heads if "attn_q" in new else kv_heads)
+            kv = narrow.get(int(BLOCK.fullmatch(new)[1]), kv_heads)
+            tensors[new] = interleaved(tensors[new], kv * (heads // kv_heads) if "attn_q" in new else kv)
     matrices = source.entry(next(n for n in source.names() if n.endswith("embed_tokens.weight")))
     size, rope = head_size(config), rotation(config)
     most = config.max_position_embeddings if row.period else most_tokens(source, removed)
@@ -305,9 +373,12 @@ def from_checkpoint(source, removed):
     writer.add_block_count(source.n_layers)
     writer.add_context_length(most)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
+    writer.add_feed_forward_length(
+        [source.widths.get(i, ffn) for i in range(source.n_layers)] if source.widths else ffn
+    )
+    kv = [narrow.get(i, kv_heads) for i in range(source.n_layers)]
+    writer.add_head_count([n * (heads // kv_heads) for n in kv] if narrow else heads)
+    writer.add_head_count_kv(kv if narrow else kv_heads)
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -450,7 +521,8 @@ def _constant(array):
 
 
 def _head_size(model):
-    return model.get("attention.key_length", model.get("embedding_length") // model.get("attention.head_count"))
+    size = model.get("attention.key_length")
+    return size or model.get("embedding_length") // model.get("attention.head_count")
 
 
 def _number(value):

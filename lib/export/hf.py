@@ -31,6 +31,7 @@ def as_hf(source, removed, info):
             "auto_map": {key: f"{Path(modeling.__file__).stem}.{name}" for key, name in auto.items()},
             "source_blocks": [", ".join(map(str, chain)) for chain in chains],
             "source_fields": fields,
+            **({"source_shapes": shapes} if (shapes := source.narrow_shapes()) else {}),
             "block_modules": {"layer": type(source.layers[0]).__name__, **row},
             "pruning_info": info,
         }

@@ -10,6 +10,7 @@ What the configuration says about it:
     source_blocks   for each layer the blocks of the source that it runs: "mha4 mlp4, mlp5" is a chain of two steps;
                     a plus before a step: the stream h becomes h + gap(h) there, a matrix for what is missing
     source_fields   the fields of the configuration that depend on the number of layers, as in the source
+    source_shapes   for layers of the source the shapes of tensors that are narrower here, if any
     block_modules   the class of the family's decoder layer, and its sub-modules by branch
 """
 
@@ -90,17 +91,29 @@ class _Pruned:
 
 def _step(family, source, mha, mlp, names):
     """Return a decoder layer with the attention and the MLP of these source layers, without one that is None."""
-    layer = family(source, mlp if mha is None else mha)
+    layer = _narrow(family, source, mlp if mha is None else mha)
     own_norm = any(getattr(layer, name, None) is not None for name in names["mlp_norms"])
     if mlp is None:
         _leave_out(layer, names["mlp"], names["mlp_norms"], False)
     elif mha is None:
         _leave_out(layer, names["mha"], names["mha_norms"] if own_norm else (), True)
     elif mha != mlp:
-        other = family(source, mlp)
+        other = _narrow(family, source, mlp)
         for name in (*names["mlp"], *names["mlp_norms"]):
             if getattr(other, name, None) is not None:
                 setattr(layer, name, getattr(other, name))
+    return layer
+
+
+def _narrow(family, source, i):
+    """Return layer i of the source, its MLP as wide as source_shapes says."""
+    layer = family(source, i)
+    for name, shape in getattr(source, "source_shapes", {}).get(str(i), {}).items():
+        owner, _, leaf = name.rpartition(".")
+        module = layer.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(module.weight.new_empty(shape)))
+        if leaf == "weight":
+            module.out_features, module.in_features = shape
     return layer
 
 

@@ -25,6 +25,18 @@ def as_stock(source, removed, info):
 def stock_config(source, removed):
     """Return (configuration, layers) of format stock; raise ValueError where there is none."""
     layers = repack(source.n_layers, removed, mix=not source.parallel)
+    if source.added:
+        raise ValueError(
+            f"format stock: {type(source.bare).__name__} has no {source.added[0]}, which the refit has made; "
+            "the nearest format is hf"
+        )
+    if heads := source.edit.kept("mha"):
+        raise ValueError(f"format stock: mha{min(heads)} has fewer heads than others; the nearest format is hf")
+    if source.widths:
+        raise ValueError(
+            f"format stock: MLPs of {min(source.widths.values())} to {max(source.widths.values())} channels, and "
+            f"{type(source.bare).__name__} has one width; the nearest format is hf"
+        )
     short = [layer for layer in layers if None in layer]
     if short or not layers:
         reason, nearest = "no layer is left", "zeroed"

@@ -8,7 +8,6 @@ along ("hf"). A format is a file of this folder and a row of FORMATS.
     export("models/Llama-2-7b-hf", order[:10], "pruned", meta=meta)
 """
 
-from lib.decoder import block_parameters
 from lib.edits import Edit
 from lib.export.checkpoint import Source
 from lib.export.decilm import as_decilm
@@ -17,7 +16,6 @@ from lib.export.gguf import as_gguf
 from lib.export.hf import anchored, as_hf
 from lib.export.stock import as_stock, stock_config
 from lib.export.zeroed import as_zeroed
-from lib.model import parameter_count
 from lib.orders import check_order
 
 # A format is a function (source, removed, info) that writes nothing and returns (write, how to load it): write(folder)
@@ -77,8 +75,7 @@ def export(
         raise ValueError(
             f"compute dtype {compute_dtype}: format gguf copies a .gguf file's weights as they are; ask for none"
         )
-    total = parameter_count(source.bare)
-    kept = total - block_parameters(source.layers, removed)
+    total, kept = source.parameters()
     info = {
         "base_model": base_name(source),
         "format": format,
@@ -98,6 +95,7 @@ def export(
     write, how_to_load = FORMATS[format](source, removed, info)
     text = card(source, info, how_to_load)
     with complete_or_nothing(folder) as temporary:
+        check_target(folder, path, overwrite)  # again: another run may have been faster
         copy_small_files(source, temporary, format)
         (temporary / "README.md").write_text(text, encoding="utf-8")
         write(temporary)  # last: the rest, where it can fail, fails in seconds

@@ -9,6 +9,8 @@ from lib.export.folder import in_python
 
 def as_zeroed(source, removed, info):
     """The model at its full size, the removed blocks' weights zero: loads everywhere and saves nothing."""
+    if source.edit.widths:
+        raise ValueError("format zeroed: MLPs are narrower, and it has the model's own sizes; use format stock or hf")
     config, gone = copy.deepcopy(source.config), {tuple(block) for block in removed}
     on_stream = getattr(config, "apply_residual_connection_post_layernorm", False)
     if on_stream or not getattr(config, "do_layer_norm_before", True):

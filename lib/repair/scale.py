@@ -15,63 +15,54 @@ from lib.blocks import KINDS
 from lib.edits import Edit
 from lib.repair.gaps import find_writers, gaps_of, scaled, steps_of
 
-POWERS = (1.0, 0.5)  # of the measured factors
+POWERS = (1.0, 0.75, 0.5, 0.25)  # of the measured factors; 1 is the published method
 
 
 def scale(decoder, removed, fit, choose, batch_size=8, progress=None):
-    """Yield (strength, Edit): factors measured on the windows `fit` (N, T), two ways and with several powers.
+    """Yield (strength, Edit) for each power of the factors measured on the windows `fit` (N, T).
 
-    "grown": RMS after / before a gap on the dense model's streams, as published. "matched": what brings the stream that
-    is pruned, and scaled so far, to the dense one's RMS behind each gap; the blocks between gaps restore some of its
-    size, which the first way counts twice. choose: not looked at. progress(words) after each batch. Raises ValueError
-    for a family whose stream is not free in size, and where a factor is not finite.
+    Less than the whole factor is better where several gaps follow each other: the blocks between them restore some of
+    the stream's size, too. choose: not looked at. progress(words) after each batch. Raises ValueError for a family
+    whose stream is not free in size, and where a factor is not finite.
     """
     path = steps_of(decoder, removed)
     gaps = gaps_of(path)
-    measured = growth(decoder, path, gaps, fit, batch_size, progress)
+    factors = growth(decoder, path, gaps, fit, batch_size, progress)
     later = [block for step in path[gaps[0][1] :] for block in step.blocks]
     writers = find_writers(decoder, later, fit[:1])
-    for way, factors in measured.items():
-        for power in POWERS:
-            used = [factor**power for factor in factors]
-            edit = Edit(tuple(removed), divided(decoder, path, gaps, used, writers))
-            yield {"factors": way, "power": power, "values": [round(f, 4) for f in used]}, edit
+    for power in POWERS:
+        used = [factor**power for factor in factors]
+        edit = Edit(tuple(removed), divided(decoder, path, gaps, used, writers))
+        yield {"power": power, "factors": [round(f, 4) for f in used]}, edit
 
 
 def growth(decoder, path, gaps, windows, batch_size=8, progress=None):
-    """Return {"grown": [factor of each gap], "matched": ...}, means over tokens as `scale` says.
+    """Return for each gap the mean over tokens of RMS(after) / RMS(before) on the dense model's streams.
 
-    The second one's factors are those of the batches so far: the first batch sets them, and each corrects them.
     Raises ValueError where one is not a positive number.
     """
-    grown, matched = torch.zeros(2, len(gaps), dtype=torch.float64)
+    sums, done = torch.zeros(len(gaps), dtype=torch.float64), 0
     starts, ends = ({gap[side]: g for g, gap in enumerate(gaps)} for side in (0, 1))
-    done = 0
     for ids in windows.split(batch_size):
         stream = decoder.embed(ids)
-        dense = pruned = before = stream.h
+        h = before = stream.h
         for k, step in enumerate(path[: gaps[-1][1]]):
             if k in starts:
-                before = decoder.run(step.layer, step.kept, dense, stream)
-            dense = decoder.run(step.layer, step.kinds, dense, stream)
-            pruned = decoder.run(step.layer, step.kept, pruned, stream)
+                before = decoder.run(step.layer, step.kept, h, stream)
+            h = decoder.run(step.layer, step.kinds, h, stream)
             if k + 1 in ends:
-                g = ends[k + 1]
-                grown[g] += (_size(dense) / _size(before)).sum().cpu()
-                matched[g] += (_size(dense) / _size(pruned)).sum().cpu()
-                pruned = pruned * (matched[g] / (done + ids.numel())).to(pruned.dtype)
+                sums[ends[k + 1]] += (_size(h) / _size(before.to(h.device))).sum().cpu()
         done += ids.numel()
         if progress:
             progress(f"{done:,} of {windows.numel():,} tokens")
-    found = {"grown": (grown / done).tolist(), "matched": (matched / done).tolist()}
-    for factors in found.values():
-        for (start, _), factor in zip(gaps, factors, strict=True):
-            if not 0 < factor < float("inf"):
-                raise ValueError(
-                    f"scale: the stream at layer {path[start].layer} grows by {factor}: the model's states are not "
-                    "finite; try fp32"
-                )
-    return found
+    factors = (sums / done).tolist()
+    for (start, _), factor in zip(gaps, factors, strict=True):
+        if not 0 < factor < float("inf"):
+            raise ValueError(
+                f"scale: the stream at layer {path[start].layer} grows by {factor}: the model's states are not "
+                "finite; try fp32"
+            )
+    return factors
 
 
 def passes_of(decoder, windows, batch_size=8):

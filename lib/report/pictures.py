@@ -305,16 +305,25 @@ def draw_order(path, order, meta):
     """
     if not order:
         return []
-    path = Path(path).expanduser()
-    stem = path.name.removesuffix(".json").removesuffix("_del_order_list")
     L = meta.get("layers") or 1 + max(block.layer for block in order)
     figures = {"scores": score_map(meta), "removed": removal_map({meta.get("block_type", "order"): order}, L)}
     written = []
     for name, figure in figures.items():
         if figure is not None:
-            written.append(path.with_name(f"{stem}_{name}.png"))
+            written.append(_picture_path(path, name))
             save(draw(figure), written[-1])
     return written
+
+
+def pictures_of(path, meta):
+    """Return the paths of the pictures that `draw_order` draws."""
+    scored = meta.get("window_scores") or any(step.get("scores") for step in meta.get("steps", ()))
+    return [_picture_path(path, name) for name in ("scores", "removed") if name == "removed" or scored]
+
+
+def _picture_path(path, name):
+    path = Path(path).expanduser()
+    return path.with_name(f"{path.name.removesuffix('.json').removesuffix('_del_order_list')}_{name}.png")
 
 
 # ---- drawing -------------------------------------------------------------------------------------

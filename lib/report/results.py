@@ -5,11 +5,15 @@ angular distances (.csv) all become Results.
 """
 
 import csv
-import json
+import io
+import math
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.blocks import MOST_LAYERS
+from lib.files import expand, read_bytes, read_json
 from lib.orders import read_order
+from lib.schema import kind_of, read
 
 
 class Result(NamedTuple):
@@ -26,49 +30,37 @@ class Result(NamedTuple):
 
 def read_results(path):
     """Return the Results of a file: one, and for compare.json the orders that lie beside it as well."""
-    path = Path(path).expanduser()
+    path = expand(path)
     if path.suffix == ".csv":
         return [Result(path, "distances", None, read_distances(path))]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        content = None  # read_order says what is wrong
-    if isinstance(content, dict) and content.get("kind") == "compare":
-        check_fields(path, content, "compare.json", ("model", "layers", "parameters", "rows", "settings"))
+        kind = kind_of(read_json(path))
+    except (OSError, ValueError):
+        kind = None  # read_order says what is wrong
+    if kind == "compare":
+        content = read(path, kind)
         files = dict.fromkeys(row.get("order_file") for row in content["rows"])
         beside = [path.parent / name for name in files if name and (path.parent / name).is_file()]
         searches = [Result(p, "search", content["model"], read_order(p)) for p in beside]
-        return [Result(path, "compare", content["model"], content), *searches]
-    if isinstance(content, dict) and "pruning_ratio_percent" in content:
-        check_fields(
-            path,
-            content,
-            "a result of eval.py",
-            ("model", "removed", "dense_parameters", "perplexity", "dense_perplexity", "tasks"),
-        )
+        return [Result(path, kind, content["model"], content), *searches]
+    if kind == "result":
+        content = read(path, kind)
         return [Result(path, "eval", content["model"], content)]
     order, meta = read_order(path)
     return [Result(path, "order", meta.get("model"), (order, meta))]
 
 
-def check_fields(path, content, what, names):
-    missing = [name for name in names if name not in content]
-    if missing:
-        raise ValueError(f"{path}: looks like {what}, but has no {', '.join(missing)}; write it again")
-
-
 def read_distances(path):
     """Return [(n, i, distance)] of a .csv file with these columns."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_bytes(path).decode(), newline="")))
         table = [(int(row["n"]), int(row["i"]), float(row["distance"])) for row in rows]
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except (KeyError, ValueError, TypeError, csv.Error):
         raise ValueError(f"{path}: not a table of angular distances; expected the columns n, i, distance") from None
-    if not table or any(n < 1 or i < 0 for n, i, _ in table):
-        raise ValueError(f"{path}: holds no windows (n from 1, i from 0)")
+    if not table or any(n < 1 or i < 0 or n + i > MOST_LAYERS or math.isinf(d) for n, i, d in table):
+        raise ValueError(f"{path}: holds no windows of layers (n from 1, i from 0), or something else, too")
     return table
 
 

@@ -16,6 +16,7 @@ class Arch(NamedTuple):
     """name: llama.cpp's. activation: transformers' name of what its graph computes. mha, mlp: the tensors of a block.
 
     period: of every `period` layers all but the last slide, where a file does not say otherwise; 0: no layer can.
+    window: of those that slide, in tokens, where a file does not say it; 0: then none slides.
     shift: what its norms add to the weights of transformers'. large: the number of layers by which it knows a model
     that scales attention in another way; 0: there is none.
     """
@@ -25,6 +26,7 @@ class Arch(NamedTuple):
     mha: tuple = _MHA
     mlp: tuple = _MLP
     period: int = 0
+    window: int = 0
     shift: int = 0
     large: int = 0
 
@@ -38,13 +40,26 @@ ARCHS = {
     "qwen3": Arch("qwen3", mha=_NORMED),
     "gemma": Arch("gemma", GELU, shift=1),
     "gemma2": Arch(
-        "gemma2", GELU, (*_MHA, "post_attention_norm"), (*_MLP, "post_ffw_norm"), period=2, shift=1, large=46
+        "gemma2",
+        GELU,
+        (*_MHA, "post_attention_norm"),
+        (*_MLP, "post_ffw_norm"),
+        period=2,
+        window=4096,
+        shift=1,
+        large=46,
     ),
     "gemma3_text": Arch(
         "gemma3", GELU, (*_NORMED, "post_attention_norm"), (*_MLP, "post_ffw_norm"), period=6, shift=1, large=62
     ),
 }
-BY_NAME = {arch.name: arch for arch in ARCHS.values()}
+GPT_OSS = Arch(  # from its own files only, in which experts are packed already
+    "gpt-oss",
+    mha=(*_MHA, "attn_sinks"),
+    mlp=("post_attention_norm", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+    period=2,
+)
+BY_NAME = {arch.name: arch for arch in (*ARCHS.values(), GPT_OSS)}
 DECI = ("llama", "qwen2")  # whose blocks llama.cpp's "deci", where layers may lack one, runs too
 
 
