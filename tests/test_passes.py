@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from command_line import flags
+from command_line import flags, unsealed
 from families import toy
 from test_repair import REMOVED, WINDOWS, deep, rms, same
 
@@ -128,7 +128,7 @@ def test_a_scaled_search_is_replayed_and_exported_as_it_was_searched(search, eva
     assert run.code == 0 and meta["pass"] == "scale" and len(meta["passes"]) == 6
     replayed = evaluate(ppl_search_file=path, del_block_num=len(order), seed=42).result
     assert replayed["perplexity"] == pytest.approx(run.result["perplexity"], rel=1e-5)
-    bare = json.loads(path.read_text())
+    bare = unsealed(path)
     del bare["meta"]["passes"]
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     plain = evaluate(ppl_search_file=tmp_path / "bare.json", del_block_num=len(order), seed=42).result
@@ -155,7 +155,7 @@ def test_scale_is_refused_where_nothing_is_searched_or_a_file_is_spoilt(search, 
     refused("--pass scale: --metric bi does not search", **{"pass": "scale", "metric": "bi"})
     search(**SCALED)
     (path,) = (tmp_path / "out").glob("*_scale_*.json")
-    held = json.loads(path.read_text())
+    held = unsealed(path)
     held["meta"]["passes"]["mha1"] = "nan"
     path.write_text(json.dumps(held))
     refused("its scale of 'mha1' is 'nan'", script="eval", ppl_search_file=path, del_block_num=1)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import flags
+from command_line import flags, unsealed
 
 from lib.blocks import Block
 from lib.files import write_json
@@ -94,7 +94,7 @@ def test_smaller_sets_are_the_orders_and_sizes_that_are_not_there_are_refused(ev
 @pytest.mark.parametrize("spoil", ({"order": [["mha", 1]]}, {"order": None}, {"order": [["mha"]]}))
 def test_a_damaged_file_of_sets_is_refused(refused, tmp_path, spoil):
     path = nested_not(tmp_path / "order.json")
-    held = json.loads(path.read_text())
+    held = unsealed(path)
     held["meta"] |= spoil
     path.write_text(json.dumps(held))
     refused("order.json: not nested, and damaged", script="eval", ppl_search_file=path, del_block_num=3)
@@ -158,7 +158,8 @@ def test_what_does_not_go_together_is_refused(refused, changes, says):
 
 def test_an_order_of_another_model_is_not_refined(search, refused, toy_folder, tmp_path):
     search(**SWAPS)
-    path, held = written(tmp_path / "out")
+    path, _ = written(tmp_path / "out")
+    held = unsealed(path)
     held["meta"]["weights"] = "of another model"
     path.write_text(json.dumps(held))
     refused("exists with other settings (weights", "--overwrite", **SWAPS)
