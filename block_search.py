@@ -60,6 +60,8 @@ def parse_args(argv=None):
         help="cached: the exact order, shared work; race: approximate, faster; exhaustive: the paper's",
     )
     flags.add_engine_flags(parser)
+    flags.add_audit_flag(parser)
+    flags.add_rule_flags(parser)
     parser.add_argument(
         "--offload",
         action="store_true",
@@ -95,9 +97,9 @@ def search(parser, args, stack):
     print_header(args, job, decoder)
     dense, seconds = measure_dense(args, job, decoder)
     if args.dry_run:
-        return print_estimate(args, job, dense, seconds)
+        return print_estimate(args, job, decoder, dense, seconds)
 
-    from lib.job import steps, told
+    from lib.job import refinements, steps, told, told_swap
 
     before = len(job.order)
     cache_bytes = None if args.cache_gb is None else int(args.cache_gb * 2**30)
@@ -105,6 +107,8 @@ def search(parser, args, stack):
         for unit, step in steps(job, decoder, dense, cache_bytes, bar.advance, ending.check):
             for line in [*told(job, unit, step), *notes_of(decoder)]:
                 bar.write(line)
+        for swap in refinements(job, decoder, cache_bytes):
+            bar.write(told_swap(job, swap))
     if len(job.order) > before and args.metric != "ppl":
         print(f"perplexity    {dense:.4f} -> {job.meta['steps'][-1]['perplexity']:.4f} on the calibration text")
     draw(job)
@@ -125,16 +129,9 @@ def open_search(args, stack):
     """
     from lib.candidates import WrongAmount
     from lib.files import own
-    from lib.importance import METRICS
     from lib.job import Settings, Taken, check_decoder, open_job
 
-    kind = METRICS[args.metric].kind
-    if kind == "run" and args.block_type != "layer":
-        raise ValueError(f"--metric {args.metric} removes whole layers; add --block-type layer")
-    if kind != "searched" and args.search in ("race", "exhaustive"):
-        raise ValueError(f"--search {args.search}: --metric {args.metric} does not search; drop --search")
-    if args.metric == "taylor" and args.offload:
-        raise ValueError("--metric taylor: needs gradients, which offloaded layers do not have; drop --offload")
+    check_flags(args)
     flags.check_folder(args.ppl_search_path, "--ppl-search-path")
     bare = flags.open_bare(args)
     text = flags.open_text(args, flags.open_tokenizer(args), bare)
@@ -152,6 +149,15 @@ def open_search(args, stack):
         device=args.device,
         search=args.search,
         race_confidence=args.race_confidence,
+        rule=args.rule,
+        cost=args.cost,
+        seconds=flags.read_cost_file(args),
+        budgets=tuple(args.budget),
+        refine=args.refine,
+        evaluations=args.refine_evaluations,
+        passes=args.passes,
+        audit=args.race_audit,
+        kl_top_k=args.kl_top_k or None,
     )
     try:
         hold = None if args.dry_run else lambda path: flags.note(stack.enter_context(own(path)))
@@ -174,6 +180,29 @@ def open_search(args, stack):
     return job, decoder
 
 
+def check_flags(args):
+    """Raise ValueError where flags do not go together."""
+    from lib.importance import METRICS
+
+    kind = METRICS[args.metric].kind
+    if kind == "run" and args.block_type != "layer":
+        raise ValueError(f"--metric {args.metric} removes whole layers; add --block-type layer")
+    chosen = {"search": args.search, "rule": args.rule, "refine": args.refine, "pass": args.passes}
+    for flag, value in chosen.items():
+        if kind != "searched" and value not in ("cached", "streamed", "lowest", "none", "nothing"):
+            raise ValueError(f"--{flag} {value}: --metric {args.metric} does not search; drop --{flag}")
+    if args.race_audit and args.search != "race":
+        raise ValueError("--race-audit: nothing races; add --search race, or drop it")
+    if args.metric == "taylor" and args.offload:
+        raise ValueError("--metric taylor: needs gradients, which offloaded layers do not have; drop --offload")
+    if args.budget and args.del_block_num:
+        raise ValueError("--del-block-num goes with no --budget; give budgets, or a number of blocks")
+    if args.refine != "none" and not (args.budget or args.del_block_num or args.target_ratio):
+        raise ValueError(f"--refine {args.refine}: how much must go? give --target-ratio, --budget or --del-block-num")
+    if args.refine == "none" and args.refine_evaluations:
+        raise ValueError("--refine-evaluations: nothing is refined; add --refine swaps or evolve, or drop it")
+
+
 def print_header(args, job, decoder):
     from lib.job import journaled
 
@@ -183,6 +212,9 @@ def print_header(args, job, decoder):
     amount = f"{c.most}" if args.target_ratio is None else f"{100 * args.target_ratio:g} %, at most {c.most}"
     blocks = len(c.units) * c.size
     print(f"search        {amount} of {blocks} {args.block_type} blocks, {job.evaluations:,} evaluations -> {job.path}")
+    if (args.rule, args.refine, args.passes) != ("lowest", "none", "nothing") or args.budget:
+        budgets = "".join(f", {100 * share:g} % of {name}" for name, share in args.budget)
+        print(f"rule          {args.rule}, cost {args.cost}{budgets}; refined by {args.refine}; pass {args.passes}")
     if job.order:
         print(f"resuming      {len(job.order)} removals are done: {' '.join(map(str, job.order))}")
     if kept := journaled(job):
@@ -205,16 +237,20 @@ def measure_dense(args, job, decoder):
     return dense, seconds
 
 
-def print_estimate(args, job, dense, seconds):
+def print_estimate(args, job, decoder, dense, seconds):
     from lib.files import to_json
+    from lib.job import reachable_shares
 
     # sharing the layers before each candidate alone halves them; kept states save more
     whole = args.search == "exhaustive" or not job.searched and job.evaluations <= 3
     estimate = seconds * job.evaluations * (1 if whole else 0.5)
     less = "" if whole else " or less"
     print(f"estimate      {timedelta(seconds=round(estimate))}{less} for the whole search; nothing written")
+    shares = reachable_shares(job, decoder)
+    print(f"reachable     {', '.join(f'{100 * share:.2f} % of {name}' for name, share in shares.items())}")
     result = {
         "dry_run": True,
+        "reachable": shares,
         "blocks": len(job.candidates.units) * job.candidates.size,
         "windows": len(job.text.windows),
         "tokens": job.text.windows.numel(),

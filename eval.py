@@ -66,7 +66,7 @@ def evaluate(parser, args, stack):
     flags.warn_of_order(args, meta, removed)
     flags.print_opened(args, text, decoder, title="text")
 
-    from lib.edits import Edit, replaced
+    from lib.edits import replaced
     from lib.files import to_json
     from lib.measure import weight_bytes
     from lib.model import parameter_count
@@ -79,11 +79,13 @@ def evaluate(parser, args, stack):
     result = describe(args, text, removed, sizes)
     kept = {} if args.repair else finished(args, result)  # what a repair finds is not known before it is fitted
     dense = kept.get("dense_perplexity") or measure(parser, args, text, decoder)
-    edit, held = Edit(tuple(removed)), contextlib.ExitStack()
+    held = contextlib.ExitStack()
+    with parser.user_errors():
+        edit = flags.replayed(args, meta, removed, decoder)
     if args.repair:
         edit = repaired(parser, args, decoder, removed, fit)
         removed = list(edit.removed)
-        held.enter_context(replaced(decoder, edit))  # to the end of the program, as what is removed is gone
+    held.enter_context(replaced(decoder, edit))  # to the end of the program, as what is removed is gone
     decoder.remove(removed)
     sizes[1] = parameter_count(model), weight_bytes(model)
     if args.repair:

@@ -1,4 +1,4 @@
-"""Which blocks may go and how many must: block type, protected layers, a number of blocks or a share of the parameters.
+"""Which blocks may go and how many must: block type, protected layers, a number of blocks or shares of what they cost.
 
 All of it is known from the model's modules, before any weight is read.
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
-from lib.blocks import KINDS, Block
+from lib.blocks import KINDS, Block, blocks_of
 from lib.decoder import block_parameters
 
 
@@ -30,7 +30,8 @@ class Candidates(NamedTuple):
 
     most: removals, counted in blocks, that may be needed. window: the length of a run of consecutive
     layers, None where units go one by one. enough(order): how many removals of an order are as many as
-    asked for, None where they are too few.
+    asked for, None where they are too few. serves(removed): the units that bring a budget nearer which is not yet met,
+    None where every unit always does.
     """
 
     layers: list
@@ -39,14 +40,19 @@ class Candidates(NamedTuple):
     most: int
     window: int | None
     enough: Callable
+    serves: Callable | None = None
+
+    def meets(self, removed):
+        """Whether a set of units is as much as asked for."""
+        return self.enough(blocks_of(removed)) is not None
 
 
-def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last=0, consecutive=False):
+def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last=0, consecutive=False, budgets=()):
     """Return the Candidates in `layers`, decoder layers with or without weights, of a model of `total` parameters.
 
     number: blocks to remove; ratio: instead, the share of `total` to reach with the fewest removals;
-    first, last: layers at the two ends that stay whole; consecutive: remove one run of layers.
-    Raises WrongAmount where there are not so many.
+    first, last: layers at the two ends that stay whole; consecutive: remove one run of layers; budgets: instead of
+    number and ratio, lib.costs.Budgets that must all be met. Raises WrongAmount where there are not so many.
     """
     L, size = len(layers), 2 if block_type == "layer" else 1
     n = L - first - last
@@ -65,6 +71,12 @@ def candidates(layers, total, block_type, *, number=0, ratio=None, first=0, last
         raise WrongAmount(
             "number", f"{number} blocks to remove: whole layers go, which are two blocks each; use an even number"
         )
+    if budgets:
+        if consecutive:
+            raise ValueError(
+                "a run of layers is chosen by its length; give a number of blocks or a share of parameters"
+            )
+        return _budgeted(layers, units, size, what, budgets)
     if ratio is None:
         return _counted(layers, units, size, number, number // 2 if consecutive else None)
     if block_parameters(layers, units) / total < ratio:
@@ -93,6 +105,36 @@ def enough(layers, order, ratio, total, size=1):
     k = bisect_left(range(len(order) + 1), ratio, key=lambda k: block_parameters(layers, order[:k]) / total)
     k += -k % size
     return k if k <= len(order) else None
+
+
+def reachable(units, cost):
+    """Return the share of a lib.costs.Cost that goes with all `units`, rounded down to four digits."""
+    return math.floor(1e4 * cost.share(units)) / 1e4
+
+
+def _budgeted(layers, units, size, what, budgets):
+    """Return the Candidates that meet all of lib.costs.Budgets; `what` names the units in an error."""
+    most = 0
+    for cost, share in budgets:
+        if cost.share(units) < share:
+            most_of_it = f"hold {reachable(units, cost)} of it; use at most that"
+            raise ValueError(f"a share of {share:g} of {cost.name} to remove: {what} {most_of_it}")
+        smallest_first = accumulate(sorted(cost.of([unit]) for unit in units if cost.of([unit]) > 0))
+        most += size * (1 + bisect_left(list(smallest_first), share, key=lambda gone: gone / cost.whole))
+
+    def met(order):
+        return all(budget.met(order) for budget in budgets)
+
+    def enough(order):
+        k = bisect_left(range(len(order) + 1), True, key=lambda k: met(order[:k]))
+        k += -k % size  # a layer goes whole
+        return k if k <= len(order) else None
+
+    def serves(removed):
+        owed = [cost for cost, share in budgets if cost.share(removed) < share]
+        return [unit for unit in units if any(cost.of([*removed, unit]) > cost.of(removed) for cost in owed)]
+
+    return Candidates(layers, units, size, min(most, len(units) * size), None, enough, serves)
 
 
 def starts(n_layers, n, first=0, last=0):

@@ -25,9 +25,11 @@ from lib.data import Text
 from lib.decoder import Decoder
 from lib.evaluate import perplexity, window_losses
 from lib.files import NotWritten
-from lib.job import Settings, check_decoder, open_job, steps, told
+from lib.job import Settings, check_decoder, open_job, refinements, steps, told, told_swap
 from lib.measure import cache_without, generate, interleaved, spread
 from lib.methods import LACO_WINDOWS, METHODS, settings_for
+from lib.orders import passes_in
+from lib.repair.scale import folded
 from lib.schema import read, write
 from lib.tasks import rows_key, zero_shot
 
@@ -36,14 +38,18 @@ SPEED = f"speed {PROMPT} + {NEW} tokens"
 
 
 class Cell(NamedTuple):
-    """A cell of the table: a method at a ratio, 0 being the dense model; seed: of methods that draw, else None."""
+    """A cell of the table: a method at a ratio, 0 being the dense model; seed: of methods that draw, else None; draw:
+    the key of the calibration text among several, else None."""
 
     method: str
     ratio: float
     seed: int | None = None
+    draw: int | None = None
 
     def __str__(self):
-        return self.method if self.seed is None else f"{self.method} seed {self.seed}"
+        return self.method + "".join(
+            f" {what} {n}" for what, n in (("seed", self.seed), ("draw", self.draw)) if n is not None
+        )
 
 
 class Tasks(NamedTuple):
@@ -66,7 +72,7 @@ class Bench(NamedTuple):
     """What all cells share. settings: those common to all methods; calibration: a Text; texts: those of the
     perplexities; parameters: of the dense model; weights: the checkpoint's fingerprint; speed: whether it is measured;
     say: called with each line about work in progress; found: {what is left: its measurements}, for methods that remove
-    the same."""
+    the same; draws: {seed: calibration Text} where cells are made for several."""
 
     settings: Settings
     decoder: Decoder
@@ -80,6 +86,12 @@ class Bench(NamedTuple):
     speed: bool
     say: Callable
     found: dict
+    draws: dict = {}
+
+
+def calibration_of(bench, cell):
+    """Return the calibration Text of a cell."""
+    return bench.calibration if cell.draw is None else bench.draws[cell.draw]
 
 
 def fill(bench, cell):
@@ -97,7 +109,7 @@ def fill(bench, cell):
             kept |= remove(bench, cell)
             kept["seconds"]["removal"] = time.perf_counter() - start
             write(path, "cell", kept)
-        same = bench.found.setdefault(json.dumps([sorted(kept["removed"]), kept.get("merged")]), {})
+        same = bench.found.setdefault(json.dumps([sorted(kept["removed"]), kept.get("merged"), kept.get("passes")]), {})
         if copied := {key: same[key] for key in wanted if key in same and key not in kept["measured"]}:
             kept["measured"] |= copied
             write(path, "cell", kept)
@@ -131,7 +143,7 @@ def reason(error):
 
 def open_cell(bench, cell):
     """Return (path, content) of the file that keeps a cell; its name holds a hash of all that decides the removals."""
-    deciding = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, **shared(bench)}
+    deciding = {"method": cell.method, "ratio": cell.ratio, "seed": cell.seed, **shared(bench, cell)}
     if cell.ratio:
         method = METHODS[cell.method]
         deciding |= {"changes": method.changes} if method.variant is None else {"laco": [method.variant, LACO_WINDOWS]}
@@ -146,14 +158,14 @@ def open_cell(bench, cell):
         raise ValueError(f"{error}; remove it, and this cell is measured again") from None
 
 
-def shared(bench):
+def shared(bench, cell):
     """Return what decides the removals of all cells. A model is known by its weights, however it is spelled."""
     s = bench.settings
     model = bench.weights if bench.weights != "not cached" else s.model
     return {
         "model": model,
         **{key: getattr(s, key) for key in ("dtype", "device", "search", "batch_size")},
-        "calibration": bench.calibration.about["text_sha256"],
+        "calibration": calibration_of(bench, cell).about["text_sha256"],
     }
 
 
@@ -167,16 +179,20 @@ def remove(bench, cell):
         return {"removed": [], "order_file": None}
     if METHODS[cell.method].variant is not None:
         return merge(bench, cell)
-    settings = settings_for(cell.method, bench.settings, cell.ratio, cell.seed)
-    folder = bench.folder / "orders" / digest(shared(bench)) / cell.method
-    job = open_job(settings, bench.calibration, bench.decoder.model, folder)
+    seed = cell.draw if cell.seed is None else cell.seed
+    settings = settings_for(cell.method, bench.settings, cell.ratio, seed)
+    folder = bench.folder / "orders" / digest(shared(bench, cell)) / cell.method
+    text = calibration_of(bench, cell)
+    job = open_job(settings, text, bench.decoder.model, folder)
     if not job.finished:
         check_decoder(job, bench.decoder)
-        for unit, step in steps(job, bench.decoder, calibration_perplexity(bench)):
+        for unit, step in steps(job, bench.decoder, dense_perplexity(bench, text)):
             for line in told(job, unit, step):
                 bench.say(cell, line)
-    removed = [str(block) for block in job.order[: job.finished]]
-    return {"removed": removed, "order_file": str(job.path.relative_to(bench.folder))}
+        for swap in refinements(job, bench.decoder):
+            bench.say(cell, told_swap(job, swap))
+    kept = {"removed": [str(block) for block in job.removed], "order_file": str(job.path.relative_to(bench.folder))}
+    return kept | ({"passes": job.meta["passes"]} if settings.passes != "nothing" else {})
 
 
 def merge(bench, cell):
@@ -192,7 +208,7 @@ def merge(bench, cell):
         try:
             found = laco.collapse(
                 decoder,
-                bench.calibration.windows[:LACO_WINDOWS],
+                calibration_of(bench, cell).windows[:LACO_WINDOWS],
                 C,
                 variant=METHODS[cell.method].variant,
                 remove=n,
@@ -214,19 +230,21 @@ def merge(bench, cell):
 
 
 def weights_of(bench, kept):
-    """Return a context in which the model has the weights of a cell: other ones where layers are merged."""
+    """Return a context in which the model has a cell's weights: others where layers are merged, or blocks scale."""
+    if kept.get("passes"):
+        return edits.replaced(bench.decoder, folded(bench.decoder, removed_blocks(kept), passes_in(kept)))
     if not kept.get("merged"):
         return contextlib.nullcontext()
     layers = [laco.Merged(base, tuple(map(tuple, weights))) for base, weights in kept["merged"]]
     return edits.replaced(bench.decoder, laco.edit(bench.decoder, layers))
 
 
-def calibration_perplexity(bench):
-    """Return the dense model's perplexity on the calibration text, which its cell keeps."""
-    sums = open_cell(bench, Cell("dense", 0.0))[1]["measured"].get(text_key(bench.calibration))
+def dense_perplexity(bench, text):
+    """Return the dense model's perplexity on a calibration text, which its cell keeps."""
+    sums = open_cell(bench, Cell("dense", 0.0))[1]["measured"].get(text_key(text))
     if sums is None:
         raise ValueError("the dense model could not be measured")
-    return perplexity(loss_sums(sums), bench.calibration.windows.shape[1])
+    return perplexity(loss_sums(sums), text.windows.shape[1])
 
 
 def removed_blocks(kept):
@@ -236,7 +254,8 @@ def removed_blocks(kept):
 def measurements(bench, cell):
     """Return {key: function of the removed blocks} of what a cell measures; a key says on what exactly."""
     decoder, tasks, wanted = bench.decoder, bench.tasks, {}
-    for text in (bench.calibration, *bench.texts) if not cell.ratio else bench.texts:
+    calibrations = [] if cell.ratio else [bench.calibration, *bench.draws.values()]
+    for text in (*calibrations, *bench.texts):
         wanted[text_key(text)] = lambda removed, text=text: window_losses(
             decoder, text.windows, bench.settings.batch_size, removed
         ).tolist()
@@ -311,7 +330,7 @@ def row_of(bench, cell, kept, failed):
         "method": cell.method,
         "label": cell.method,
         "ratio": 100 * cell.ratio,
-        "seed": cell.seed,
+        "seed": cell.draw if cell.seed is None else cell.seed,
         "removed": [],
         "removed_percent": None,
         "parameters": None,

@@ -26,7 +26,7 @@ from torch import nn
 
 from lib.blocks import KINDS, Block, blocks_of
 from lib.families import FAMILIES
-from lib.losses import cross_entropy, divergence
+from lib.losses import cross_entropy, divergence, top_divergence, top_logs
 from lib.repeated import Repeated, with_tensors
 
 HEAD_TOKENS = 512  # tokens per head call on a CPU: full logits of a batch never exist at once
@@ -50,6 +50,8 @@ class Decoder:
     counts: forwards done so far of "mha" and "mlp" blocks and of the "head", each in windows.
     split[i]: whether layer i is its attention step followed by its MLP step, bit for bit, so that
     the state between the two exists (not so where the branches are parallel).
+    passes: {(layer, kinds that are off): factor}, by which a removed block, or both of a layer where it does not split,
+    multiply the stream in `run`; empty, they pass it as it is. See `passing`.
     rows: windows that a layer or the head is given at once; a full memory halves them, and says so in `notes`, lines
     for people. on_full: a weak reference to a function that gives memory back first, and returns whether it had any.
     """
@@ -60,6 +62,7 @@ class Decoder:
         self.family = FAMILIES[type(self.layers[0]).__name__]
         self.removed = set()
         self.counts = Counter()
+        self.passes = {}
         self._parts = [_find_parts(layer, self.family) for layer in self.layers]
         self._repeated = Repeated()
         self.rows, self.notes, self.on_full = math.inf, [], lambda: None
@@ -110,6 +113,8 @@ class Decoder:
     @torch.inference_mode()
     def run(self, i, kinds, h, stream):
         """Return h (B, T, H) after layer i with only the blocks of `kinds` on; the input is left as it is."""
+        if self.passes and kinds != KINDS:
+            return self._run_passing(i, kinds, h, stream)
         if not kinds:
             return h
         for kind in kinds:
@@ -120,6 +125,24 @@ class Decoder:
             return self.step(i, kinds, h[rows], call)
 
         return self._fitting(len(h), lambda: self.step(i, kinds, h, stream.calls[i]), some)
+
+    def _run_passing(self, i, kinds, h, stream):
+        """As `run`, each step of the layer times its factor of `passes` where something of it is off."""
+        for step in [(kind,) for kind in KINDS] if self.split[i] else [KINDS]:
+            left = tuple(kind for kind in step if kind in kinds)
+            self.counts.update(dict.fromkeys(left, len(h)))
+            h = self.step(i, left, h, stream.calls[i]) if left else h
+            h = h if left == step else h * self.passes[i, tuple(kind for kind in step if kind not in kinds)]
+        return h
+
+    @contextlib.contextmanager
+    def passing(self, passes):
+        """Within this context what is removed or masked multiplies the stream as `passes`, an attribute, says."""
+        before, self.passes = self.passes, passes
+        try:
+            yield
+        finally:
+            self.passes = before
 
     def step(self, i, kinds, h, call, weights=None):
         """As `run`, under the caller's own gradient mode, with what the layer is called with besides h.
@@ -220,6 +243,26 @@ class Decoder:
         pairs = zip(self._head_slices(h, T), self._head_slices(dense, T), strict=True)
         with self._only_head() as head:
             losses = [divergence(head(y), head(x)) for x, y in pairs]
+        return torch.cat(losses).view(B, T).cpu()
+
+    @torch.inference_mode()
+    def top_logs(self, h, k):
+        """Return the most likely tokens of every position of h (B, T, H), as lib.losses.top_logs, in pieces."""
+        B, T, _ = h.shape
+        self.counts["head"] += B
+        with self._only_head() as head:
+            return [top_logs(head(x), k) for x in self._head_slices(h, T)]
+
+    @torch.inference_mode()
+    def top_divergences(self, h, teacher):
+        """Return lib.losses.top_divergence for every position, (B, T) on the CPU; teacher: what `top_logs` returned."""
+        B, T, _ = h.shape
+        self.counts["head"] += B
+        with self._only_head() as head:
+            losses = [
+                top_divergence(logs, tokens, head(x))
+                for x, (logs, tokens) in zip(self._head_slices(h, T), teacher, strict=True)
+            ]
         return torch.cat(losses).view(B, T).cpu()
 
     @property
@@ -387,8 +430,13 @@ def find_layers(model):
 
 def block_parameters(layers, blocks):
     """Return how many parameters go with `blocks`, norms included; no weights and no proof are needed."""
+    return sum(p.numel() for p in leaving_parameters(layers, blocks))
+
+
+def leaving_parameters(layers, blocks):
+    """Return the parameters that go with `blocks`, as `block_parameters` counts them."""
     parts = [_find_parts(layer, FAMILIES[type(layer).__name__]) for layer in layers]
-    return sum(p.numel() for p in _leaving(parts, blocks_of(blocks)))
+    return _leaving(parts, blocks_of(blocks))
 
 
 def _find_parts(layer, row):

@@ -42,6 +42,11 @@ class Exhaustive:
                 (h,) = last_states(self.decoder, [self.streams[k]], {*removed, unit})
                 yield k, unit, self.objective.losses(k, h)
 
+    def base(self, removed):
+        """Return {batch: token losses (B, n)} of the model without `removed` and nothing more."""
+        states = last_states(self.decoder, self.streams, frozenset(removed))
+        return {k: self.objective.losses(k, h) for k, h in enumerate(states)}
+
 
 class Cached(Exhaustive):
     """The losses of `Exhaustive`, bit for bit, in a fraction of the forwards.

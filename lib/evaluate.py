@@ -78,19 +78,23 @@ def next_token(decoder, batches):
     return Objective(lambda index, h: decoder.token_losses(h, batches[index]), score)
 
 
-def dense_logits(decoder, batches):
+def dense_logits(decoder, batches, top=None):
     """Return the Objective of EvoPress: mean over tokens of KL(logits of the model as it is || masked logits).
 
-    Of the model as it is the last states are kept, one (B, T, H) a batch, and its head is run again
-    on each slice: its log-probabilities would not fit.
+    Of the model as it is the last states are kept, one (B, T, H) a batch, and its head is run again on each slice: its
+    log-probabilities would not fit. top: keep those of its so many most likely tokens instead, and count all the others
+    as one: half of the head's work, and a lower bound of the divergence.
     """
     dense = last_states(decoder, [decoder.embed(ids) for ids in batches])
+    if top:
+        dense = [decoder.top_logs(h, top) for h in dense]
 
     def score(losses):
         sums = torch.cat([token_losses.double().sum(1) for token_losses in losses])
         return sums.sum().item() / sum(token_losses.numel() for token_losses in losses)
 
-    return Objective(lambda index, h: decoder.divergences(h, dense[index]), score)
+    measure = decoder.top_divergences if top else decoder.divergences
+    return Objective(lambda index, h: measure(h, dense[index]), score)
 
 
 OBJECTIVES = {"ppl": next_token, "kl": dense_logits}

@@ -54,6 +54,10 @@ class Kept:
             self.check()
             yield k, unit, unpack(packed)
 
+    def base(self, removed):
+        """Return as the engine does; computed anew."""
+        return self.engine.base(removed)
+
 
 class Journal:
     """The file beside the order file at `path`. deciding: a string that tells searches apart, whose losses differ.

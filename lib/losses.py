@@ -12,6 +12,25 @@ def divergence(logits, others):
     return (p.exp() * (p - q)).sum(-1)
 
 
+def top_logs(logits, k):
+    """Return (log-probabilities (n, k), tokens (n, k)) of the k, or V, most likely tokens of logits (n, V)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    values, tokens = logits.topk(min(k, logits.shape[1]))
+    return values - logits.logsumexp(-1, keepdim=True), tokens
+
+
+def top_divergence(logs, tokens, others):
+    """Return KL(p || q) of each row (n,), the tokens that are not among the most likely counted as one; others (n, V).
+
+    logs, tokens: p's, as `top_logs` gives them; q is the softmax of others. Never above the `divergence` of all tokens.
+    """
+    others = others if others.dtype == torch.float64 else others.float()
+    q = others.gather(-1, tokens) - others.logsumexp(-1, keepdim=True)
+    p = logs.to(q.dtype)
+    rest, other = ((1 - x.exp().sum(-1)).clamp(min=torch.finfo(q.dtype).tiny) for x in (p, q))
+    return (p.exp() * (p - q)).sum(-1) + rest * (rest / other).log()
+
+
 def cross_entropy(logits, targets):
     """Return token losses (n,), computed in float32 or better from logits (n, V) of any float dtype.
 

@@ -145,13 +145,23 @@ def kv_per_token(model, new_cache=lambda: None, lengths=(2, 4)):
     return (long - short) / (lengths[1] - lengths[0])
 
 
-def count_kv(model):
-    """Return the KV of a model by counting: attentions there x key-value heads x head width x 2 x bytes of its dtype.
+class Attention(NamedTuple):
+    """One attention of a model. kv_bytes: of cache that a token adds; window: tokens it sees at most, None for all."""
 
-    None where no attention is found: a module that knows its layer and the width of its heads.
-    A model may cache more than that: Falcon's new architecture repeats its key-value heads for every head.
+    layer: int
+    heads: int
+    width: int
+    kv_bytes: int
+    window: int | None
+
+
+def attentions(model):
+    """Return the Attentions that are there: modules that know their layer and the width of their heads.
+
+    kv_bytes is counted: key-value heads x head width x 2 x bytes of the model's dtype. A model may cache more than
+    that: Falcon's new architecture repeats its key-value heads for every head. No weights are needed.
     """
-    config, sizes = model.config.get_text_config(), []
+    config, found = model.config.get_text_config(), []
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     for module in model.modules():
         width = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
@@ -159,11 +169,19 @@ def count_kv(model):
         if width is None or layer is None:
             continue
         sliding = types[layer] == "sliding_attention" if types else window is not None
-        sizes.append((_kv_heads(module, config, width) * width * 2 * model.dtype.itemsize, sliding))
-    if not sizes:
+        kv_bytes = _kv_heads(module, config, width) * width * 2 * model.dtype.itemsize
+        found.append(Attention(layer, config.num_attention_heads, width, kv_bytes, window if sliding else None))
+    return found
+
+
+def count_kv(model):
+    """Return the KV of a model's `attentions`, None where none is found."""
+    found = attentions(model)
+    if not found:
         return None
-    some = sum(size for size, sliding in sizes if sliding)
-    return KV(sum(size for size, _ in sizes), some, window if some else None)
+    sliding = [attention for attention in found if attention.window is not None]
+    window = sliding[0].window if sliding else None
+    return KV(sum(a.kv_bytes for a in found), sum(a.kv_bytes for a in sliding), window)
 
 
 def _kv_heads(module, config, width):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lib.importance import METRICS
 
+EVALUATIONS = 50  # of the whole text by evopress: what swaps take on SmolLM2-135M
 LACO_WINDOWS = 4  # its authors compare on a few sentences; bisecting its threshold on all windows takes hours
 
 
@@ -22,6 +23,10 @@ class Method(NamedTuple):
 
 def _searched(about, metric, block_type):
     return Method(about, {"metric": metric, "block_type": block_type})
+
+
+def _chosen(about, **changes):
+    return Method(about, {"metric": "ppl", "block_type": "mix", "rule": "per-parameter"} | changes)
 
 
 def _once(metric, first=0, last=0, about=None):
@@ -52,6 +57,18 @@ METHODS = {
     "mlp": _searched("greedy perplexity, MLP blocks only", "ppl", "mlp"),
     "sleb": _searched("greedy perplexity, layers (SLEB)", "ppl", "layer"),
     "kl": _searched("greedy divergence from the dense model, all blocks (EvoPress's fitness)", "kl", "mix"),
+    "cost-greedy": _chosen("greedy rise of the loss per parameter, all blocks"),
+    "refined": _chosen("cost-greedy, then exchanges of removed and kept blocks while they help", refine="swaps"),
+    "evopress": _chosen(
+        f"EvoPress: evolution from random sets, divergence from the dense model, {EVALUATIONS} evaluations",
+        rule="lowest",
+        metric="kl",
+        refine="evolve",
+        evaluations=EVALUATIONS,
+    ),
+    "compensated": _chosen(
+        "refined, a removed block multiplies the stream by what it made it grow", refine="swaps", passes="scale"
+    ),
     **{name + suffix: method for name, rows in _JUDGED.items() for suffix, method in rows.items()},
     **{
         name: _searched(f"consecutive layers, {METRICS[name].about}", name, "layer")

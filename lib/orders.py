@@ -4,8 +4,12 @@
 first k removals sorted by layer, as the paper's scripts write it; the order is the difference between
 consecutive entries. Everything else that this project knows lives under "meta". No torch in this file: results are
 read, and drawn, where it is not installed.
+
+Where a set was made from an order by exchanges, meta.nested is false: the last entry is that set, the entries before it
+are of the greedy order as far as they are smaller, and meta.order holds that order.
 """
 
+import math
 from pathlib import Path
 from reprlib import repr as brief
 
@@ -31,7 +35,8 @@ def order_path(folder, model_path, block_type, dataset, nsamples, metric="ppl"):
 def read_order(path):
     """Return (list of Block in removal order, meta dict) of an order file, ours or the reference's.
 
-    Raises ValueError, one line, where the file is not one.
+    Where sets are not nested, the list is the last set, by depth; `first` knows the smaller ones. Raises ValueError,
+    one line, where the file is not one.
     """
     try:
         entries = read_json(path)
@@ -44,6 +49,8 @@ def read_order(path):
     meta = entries.pop("meta", {})
     if not isinstance(meta, dict):
         raise ValueError(f'{path}: "meta" holds {brief(meta)}; expected {{...}}, or no "meta" at all')
+    if meta.get("nested") is False:
+        return _read_set(path, entries, meta), opened(path, {**entries, "meta": meta}, "order")["meta"]
     order = []
     for k in range(1, len(entries) + 1):
         if str(k) not in entries:
@@ -56,6 +63,60 @@ def read_order(path):
     if not order and not meta:
         raise ValueError(f"{path}: holds no removals")
     return order, opened(path, {**entries, "meta": meta}, "order")["meta"]
+
+
+def first(order, meta, number, path="the order"):
+    """Return the blocks that are gone after `number` removals; order, meta: as `read_order` returns them.
+
+    Raises ValueError where sets are not nested and the file holds none of that size.
+    """
+    if meta.get("nested") is not False or number in (0, len(order)):
+        return order[:number]
+    before = [Block(*block) for block in meta["order"]]
+    if number > min(len(order) - 1, len(before)):
+        raise ValueError(f"{path}: holds a set of {len(order)} removals and none of {number}; use {sizes(order, meta)}")
+    return before[:number]
+
+
+def fewest(order, meta, enough):
+    """Return how many removals of a file reach what is asked for, None where none do; enough: as in lib.candidates.
+
+    Where sets are not nested, that is a part of the greedy order only where less is asked for than it was made for.
+    """
+    if meta.get("nested") is False:
+        before = [Block(*block) for block in meta["order"]]
+        k = enough(before)
+        if k is None or k >= min(len(before), len(order)):
+            return None if enough(order) is None else len(order)
+        return k
+    return enough(order)
+
+
+def sizes(order, meta):
+    """Return in words how many removals an order file can replay."""
+    before = min(len(order) - 1, len(meta["order"])) if meta.get("nested") is False else len(order)
+    return f"0..{before} or {len(order)}" if before < len(order) - 1 else f"0..{len(order)}"
+
+
+def passes_in(meta, path="the order"):
+    """Return {(layer, kinds): factor} that removed blocks multiply the stream by, {} where they pass it as it is.
+
+    Raises ValueError where what the file holds is none, or not a positive finite number.
+    """
+    held, passes = meta.get("passes", {}), {}
+    for name, factor in held.items() if isinstance(held, dict) else [("", held)]:
+        kinds, number = name.rstrip("0123456789"), isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if kinds not in (*KINDS, "layer") or kinds == name or not number or not 0 < factor < math.inf:
+            raise ValueError(
+                f"{path}: its scale of {brief(name)} is {brief(factor)}; expected a number above 0; search again"
+            )
+        passes[int(name.removeprefix(kinds)), KINDS if kinds == "layer" else (kinds,)] = float(factor)
+    return passes
+
+
+def held_passes(passes):
+    """Return passes as an order file holds them: by the name of a block, or of a layer for both its blocks."""
+    return {f"{kinds[0] if len(kinds) == 1 else 'layer'}{i}": factor for (i, kinds), factor in passes.items()}
 
 
 def check_order(order, n_layers, path, meta=()):
@@ -71,12 +132,32 @@ def check_order(order, n_layers, path, meta=()):
             )
 
 
-def save_order(path, order, meta):
-    """Write the order file, atomically."""
-    entries = {}
-    for k in range(1, len(order) + 1):
-        entries[str(k)] = sorted(order[:k], key=lambda b: (b.layer, b.kind))
+def save_order(path, order, meta, refined=None):
+    """Write the order file, atomically; refined: the set that exchanges made of the order, where they were made."""
+    sets = {k: order[:k] for k in range(1, len(order) + 1)}
+    if refined is not None and set(refined) != set(order[: len(refined)]):
+        sets = {k: some for k, some in sets.items() if k < len(refined)} | {len(refined): refined}
+        meta = {**meta, "nested": False, "order": order}
+    entries = {str(k): sorted(some, key=lambda b: (b.layer, b.kind)) for k, some in sets.items()}
     write(path, "order", {**entries, "meta": meta})
+
+
+def _read_set(path, entries, meta):
+    """Return the last entry of a file whose sets are not nested, by depth; raise ValueError where it is damaged."""
+    try:
+        sets = {int(k): _parse(path, k, entry) for k, entry in entries.items()}
+        order = [Block(*block) for block in meta["order"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{path}: not nested, and damaged ({error}); it needs numbered sets and "order" in "meta"'
+        ) from None
+    n = max(sets, default=0)
+    right = {k: set(order[:k]) for k in range(1, min(n - 1, len(order)) + 1)} | {n: sets.get(n)}
+    if not n or len(sets[n]) != n or sets != right:
+        raise ValueError(
+            f'{path}: not nested, and damaged: entries before the last must be the first of "order" in "meta"'
+        )
+    return sorted(sets[n], key=lambda b: (b.layer, b.kind))
 
 
 def _parse(path, k, entry):

@@ -107,6 +107,12 @@ class Shared:
         for k, unit, packed in sorted((item for some, _ in everyone for item in some), key=lambda item: item[:2]):
             yield k, unit, unpack(packed)
 
+    def base(self, removed):
+        """Return as lib.engines does, on every process the same."""
+        mine = {k: pack(losses, self.by_unit) for k, losses in self.engine.base(removed).items() if k in self.mine}
+        everyone = [mine] if self.by_unit else gather(mine)
+        return {k: unpack(packed) for some in everyone for k, packed in some.items()}
+
 
 class _Part:
     """An engine of some windows, whose batches are numbered from `start`."""
@@ -124,6 +130,9 @@ class _Part:
         wanted = {k - self.start: units for k, units in wanted.items()}
         for k, unit, losses in self.engine.losses(wanted, removed):
             yield k + self.start, unit, losses
+
+    def base(self, removed):
+        return {k + self.start: losses for k, losses in self.engine.base(removed).items()}
 
 
 def shared_losses(decoder, windows, batch_size, masked=()):

@@ -40,7 +40,7 @@ class Trajectories:
                 if h is None:
                     start, kinds = i + 1, decoder.kinds(i, {*removed, block})
                     h = decoder.run(i, kinds, x, stream)
-                    if decoder.split[i] and kinds == ("mha",):
+                    if decoder.split[i] and kinds == ("mha",) and not decoder.passes:
                         mid = h
                 yield block, self.losses(self._finish(block, start, h, removed))
             if i < deepest:

@@ -71,6 +71,11 @@ def parse_args(argv=None):
     parser.add_argument("--repeats", type=flags.positive, default=5, help="timed turns of each model")
     parser.add_argument("--threads", type=flags.positive, default=None, help="CPU threads; torch's choice when absent")
     parser.add_argument("--output-path", default=None, help="result file (.json) with the seconds of every turn")
+    parser.add_argument(
+        "--cost-file",
+        default=None,
+        help="file (.json) for the seconds of one attention and one MLP of the one MODEL, for block_search.py",
+    )
     parser.add_argument("--plot", default=None, help="picture (.png) of tokens per second")
     args = parser.parse_args(argv)
     if args.new_tokens < 2:
@@ -79,6 +84,8 @@ def parse_args(argv=None):
         parser.error("give both --ppl-search-file (which blocks) and --del-block-num (how many), or neither")
     if args.ppl_search_file and len(args.models) > 1:
         parser.error(f"--ppl-search-file: an order belongs to one model, {len(args.models)} are given")
+    if args.cost_file and (len(args.models) > 1 or args.ppl_search_file):
+        parser.error("--cost-file: of one whole MODEL; give one, and no order")
     return parser, args
 
 
@@ -95,10 +102,10 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     with parser.user_errors():  # everything that can fail fails before weights are read
-        vocabulary, order, meta = vocabulary_and_order(args)
-        subjects = load(args, order)
-    if order:
-        flags.warn_of_order(first_of(args), meta, order)
+        vocabulary, removals, meta = vocabulary_and_removals(args)
+        subjects = load(args, removals)
+    if removals:
+        flags.warn_of_order(first_of(args), meta, removals[max(removals)])
     print(
         f"compute       {args.device} ({device_name(args.device)}), {args.compute_dtype}, "
         f"{torch.get_num_threads()} thread(s)"
@@ -138,6 +145,9 @@ def main(argv=None):
         "versions": versions(),
         "models": models,
     }
+    if args.cost_file:
+        with parser.user_errors():
+            summary["block_seconds"] = write_cost_file(args, subjects[0].model, ids)
     if args.output_path:
         write(args.output_path, "bench", summary)
     if args.plot:
@@ -147,16 +157,34 @@ def main(argv=None):
     print(to_json(summary))
 
 
-def vocabulary_and_order(args):
+def write_cost_file(args, model, ids):
+    """Measure one attention and one MLP on ids (B, T), write --cost-file and return what it holds."""
+    from lib.costs import BlockSeconds, block_seconds
+    from lib.decoder import Decoder
+    from lib.files import write_json
+    from lib.hub import fingerprint
+    from lib.measure import device_name
+
+    decoder = Decoder(model)
+    mha, mlp, rest = block_seconds(decoder, ids, args.new_tokens, args.repeats)
+    about = fingerprint(args.models[0]), device_name(args.device), args.compute_dtype, decoder.n_layers
+    seconds = BlockSeconds(*about, (*ids.shape, args.new_tokens), mha, mlp, rest)._asdict()
+    write_json(args.cost_file, seconds)
+    print(f"block         an attention takes {1e3 * mha:.3f} ms, an MLP {1e3 * mlp:.3f} ms -> {args.cost_file}")
+    return seconds
+
+
+def vocabulary_and_removals(args):
     """Raise ValueError for what flags, files and configurations already tell.
 
-    Returns (size of the smallest vocabulary, removals of the order or None, its meta).
+    Returns (size of the smallest vocabulary, {K: blocks that go} of the order or None, its meta).
     """
     from lib.model import DTYPES, check_device, parameter_count, skeleton
 
     with flags.naming("--device"):
         check_device(args.device)
     flags.check_file(args.output_path, "--output-path", kind="bench")
+    flags.check_file(args.cost_file, "--cost-file")
     check_plot(args.plot)
     with flags.naming("MODEL"):
         bare = [skeleton(path, args.trust_remote_code) for path in args.models]
@@ -168,7 +196,7 @@ def vocabulary_and_order(args):
                 f"--prompt-lengths {max(args.prompt_lengths)} --new-tokens {args.new_tokens}: {path} has "
                 f"{positions} positions; use {positions} tokens or fewer in all"
             )
-    order, meta = read_removals(args, bare[0]) if args.ppl_search_file else (None, {})
+    removals, meta = read_removals(args, bare[0]) if args.ppl_search_file else (None, {})
     need, free = sum(map(parameter_count, bare)) * DTYPES[args.compute_dtype].itemsize, free_memory(args.device)
     if need > free:
         raise ValueError(
@@ -176,7 +204,7 @@ def vocabulary_and_order(args):
             f"{free / 2**30:,.1f} GiB are free on {args.device}; compare fewer models at a time, or in a "
             "smaller --compute-dtype"
         )
-    return min(model.config.get_text_config().vocab_size for model in bare), order, meta
+    return min(model.config.get_text_config().vocab_size for model in bare), removals, meta
 
 
 def check_plot(path):
@@ -191,18 +219,20 @@ def check_plot(path):
 
 
 def read_removals(args, bare):
-    """Return (the most removals, meta); raise ValueError where the order, or a K, does not fit the model `bare`."""
+    """Return ({K: blocks that go}, meta); raise ValueError where the order, or a K, does not fit the model `bare`."""
     from lib.decoder import find_layers
 
     one = first_of(args)
     order, meta = flags.read_removals(one)
-    removed, n_layers = flags.check_removals(one, order, meta, bare), len(find_layers(bare))
-    if sum(block.kind == "mha" for block in removed) == n_layers:
+    removals, n_layers = {}, len(find_layers(bare))
+    for one.del_block_num in sorted(args.del_block_num):
+        removals[one.del_block_num] = tuple(flags.check_removals(one, order, meta, bare))
+    if sum(block.kind == "mha" for block in removals[one.del_block_num]) == n_layers:
         raise ValueError(
             f"--del-block-num {one.del_block_num}: removes all {n_layers} attentions, so there is no KV "
             "cache to decode with; use fewer"
         )
-    return removed, meta
+    return removals, meta
 
 
 def first_of(args):
@@ -228,17 +258,17 @@ def free_memory(device):
     return free_bytes(device)[0]
 
 
-def load(args, order):
+def load(args, removals):
     """Return the Subjects; with an order they share one model's weights."""
     from lib.decoder import Decoder
     from lib.model import load_model
 
     with flags.naming("MODEL"):
         models = [load_model(path, args.compute_dtype, args.device, args.trust_remote_code) for path in args.models]
-    if order is None:
+    if removals is None:
         return [Subject(*named) for named in zip(names(args.models), args.models, models, strict=True)]
     decoder, counts = Decoder(models[0]), dict.fromkeys(args.del_block_num)
-    return [Subject(f"K = {K}", args.models[0], models[0], decoder, tuple(order[:K])) for K in counts]
+    return [Subject(f"K = {K}", args.models[0], models[0], decoder, removals[K]) for K in counts]
 
 
 def names(paths):

@@ -44,6 +44,14 @@ def parse_args(argv=None):
         help="shares of the parameters that must go at least",
     )
     parser.add_argument("--seeds", nargs="+", type=flags.count, default=[0, 1, 2], metavar="N", help="draws of random")
+    parser.add_argument(
+        "--cal-seeds",
+        nargs="+",
+        type=flags.count,
+        default=[],
+        metavar="N",
+        help="draws of the calibration text, over which rows are means with standard deviations; --seed when absent",
+    )
     parser.add_argument("--cal-nsamples", type=flags.positive, default=256, help="documents to calibrate on")
     flags.add_text_flags(parser, dataset="alpaca", batch_size=None)
     parser.add_argument(
@@ -197,12 +205,12 @@ def open_bench(args, stack):
     bare = flags.open_bare(args)
     find_layers(bare)
     tokenizer = flags.open_tokenizer(args)
-    calibration, texts = read_texts(args, tokenizer, bare)
-    decoder = flags.open_decoder(args, *(text.windows for text in (calibration, *texts)))
+    draws, texts = read_texts(args, tokenizer, bare)
+    decoder = flags.open_decoder(args, *(text.windows for text in (*draws.values(), *texts)))
     return Bench(
         Settings(
             args.model_path,
-            seed=args.seed,
+            seed=next(iter(draws)),
             batch_size=args.ppl_eval_batch_size,
             dtype=args.compute_dtype,
             device=args.device,
@@ -210,7 +218,7 @@ def open_bench(args, stack):
         ),
         decoder,
         tokenizer,
-        calibration,
+        next(iter(draws.values())),
         texts,
         parameters=parameter_count(decoder.model),
         weights=fingerprint(args.model_path),
@@ -219,11 +227,12 @@ def open_bench(args, stack):
         speed=args.measure,
         say=lambda cell, line: print(f"          {cell!s:22s} {line.strip()}", flush=True),
         found={},
+        draws=draws if len(draws) > 1 else {},
     )
 
 
 def read_texts(args, tokenizer, bare):
-    """Return (calibration Text, evaluation Texts); what is calibrated on is left out of the latter."""
+    """Return ({seed: calibration Text}, evaluation Texts); what is calibrated on is left out of the latter."""
     from lib import data
     from lib.families import needs_bos
 
@@ -237,15 +246,17 @@ def read_texts(args, tokenizer, bare):
 
     with flags.naming_text(args):
         corpus = data.load_documents(args.cal_dataset, args.cal_split, args.text_column, args.data_dir, chat=chat)
-        drawn = data.draw(corpus, args.cal_nsamples, args.seed)
-        calibration = cut(args.cal_dataset, corpus, drawn, text_column=args.text_column, seed=args.seed)
+        draws, seen = {}, set()
+        for seed in dict.fromkeys(args.cal_seeds or [args.seed]):
+            drawn = data.draw(corpus, args.cal_nsamples, seed)
+            draws[seed] = cut(args.cal_dataset, corpus, drawn, text_column=args.text_column, seed=seed)
+            seen |= set(drawn)
     texts = []
     for dataset in dict.fromkeys(args.eval_datasets):
         column = args.text_column if dataset == args.cal_dataset else None
         other = data.load_documents(dataset, None, column, args.data_dir, held_out=True)
         documents, left_out = other.documents, None
         if data.same_origin(other, corpus):
-            seen = set(drawn)
             documents = [document for document in other.documents if document not in seen]
             left_out = len(other.documents) - len(documents)
             if not documents:
@@ -255,7 +266,7 @@ def read_texts(args, tokenizer, bare):
         limit = args.limit.get(text_name(dataset), args.limit.get(None))
         texts.append(cut(dataset, other, documents, limit=limit, text_column=column))
         texts[-1].about["left_out"] = left_out
-    return calibration, texts
+    return draws, texts
 
 
 def text_name(dataset):
@@ -269,10 +280,11 @@ def list_cells(args):
     """Return the Cells, the dense model first, a method's largest ratio first: smaller ones are parts of its order."""
     from lib.cells import Cell
 
-    cells = [Cell("dense", 0.0)]
+    cells, draws = [Cell("dense", 0.0)], dict.fromkeys(args.cal_seeds)
+    draws = draws if len(draws) > 1 else (None,)
     for name in dict.fromkeys(args.methods):
-        for seed in dict.fromkeys(args.seeds) if name in SEEDED else (None,):
-            cells += [Cell(name, ratio, seed) for ratio in reversed(args.ratios)]
+        drawn = [(seed, None) for seed in dict.fromkeys(args.seeds)] if name in SEEDED else [(None, k) for k in draws]
+        cells += [Cell(name, ratio, *seeds) for seeds in drawn for ratio in reversed(args.ratios)]
     return cells
 
 
@@ -326,7 +338,7 @@ def rows_there(bench, summary):
 
 def several(args, cell):
     """Whether a cell is one of several draws, of which the table shows the mean."""
-    return cell.seed is not None and len(set(args.seeds)) > 1
+    return cell.draw is not None or (cell.seed is not None and len(set(args.seeds)) > 1)
 
 
 def describe(args, bench):
@@ -338,6 +350,7 @@ def describe(args, bench):
         "ratios": args.ratios,
         "seeds": args.seeds,
         "seed": args.seed,
+        "cal_seeds": args.cal_seeds,
         "search": args.search,
         "batch_size": args.ppl_eval_batch_size,
         "dtype": args.compute_dtype,

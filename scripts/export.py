@@ -55,7 +55,7 @@ def main(argv=None):
         removed = flags.check_removals(args, order, meta, bare)
         result = export(
             args.model_path,
-            removed,
+            edit_of(args, meta, removed),
             args.output_dir,
             args.format,
             args.compute_dtype,
@@ -80,6 +80,19 @@ def main(argv=None):
         print("note          the removed blocks are zero, not gone: this checkpoint is as large and slow as its base")
     print(f"export        {args.output_dir}, {result['bytes'] / 2**20:,.1f} MiB")
     print(to_json(result))
+
+
+def edit_of(args, meta, removed):
+    """Return the Edit to write; the weights are loaded only where the order holds scales, which change them."""
+    from lib.decoder import Decoder
+    from lib.edits import Edit
+    from lib.model import load_model
+    from lib.orders import passes_in
+
+    if not removed or not passes_in(meta):
+        return Edit(tuple(removed))
+    model = load_model(args.model_path, "fp32", "cpu", args.trust_remote_code)
+    return flags.replayed(args, meta, removed, Decoder(model))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
+COSTS = ("parameters", "kv", "flops", "latency")
 
 
 STARTS = {".csv": b"n,i,distance", ".svg": (b"<?xml", b"<svg"), ".png": b"\x89PNG", ".pdf": b"%PDF"}  # of outputs
@@ -138,6 +139,102 @@ def add_engine_flags(parser):
     )
 
 
+def add_audit_flag(parser):
+    parser.add_argument(
+        "--race-audit", action="store_true", help="race: score everything after all, and say where it chose otherwise"
+    )
+
+
+def add_rule_flags(parser):
+    """The flags that say which blocks a search prefers, how much must go, and what becomes of the set in the end."""
+    parser.add_argument(
+        "--rule",
+        choices=("lowest", "per-parameter"),
+        default="lowest",
+        help="which candidate goes; lowest: the paper's; per-parameter: the least rise of the loss per unit of --cost",
+    )
+    parser.add_argument(
+        "--cost",
+        choices=COSTS,
+        default="parameters",
+        help="what --rule per-parameter divides by and --target-ratio counts; kv: bytes of cache a token",
+    )
+    parser.add_argument(
+        "--kl-top-k",
+        type=count,
+        default=512,
+        help="--metric kl: the dense model's likeliest tokens compared one by one, all others as one; 0: exact",
+    )
+    parser.add_argument(
+        "--cost-file", default=None, help="seconds of one attention and one MLP, from scripts.bench_model --cost-file"
+    )
+    parser.add_argument(
+        "--budget",
+        action="append",
+        type=budget,
+        metavar="COST=SHARE",
+        default=[],
+        help="a share that must go as well, such as kv=0.25; may be repeated",
+    )
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        choices=("nothing", "scale"),
+        default="nothing",
+        help="what a removed block does to the stream, in the search and in what comes out; scale: multiply it by what "
+        "the block made it grow, at no cost",
+    )
+    parser.add_argument(
+        "--refine",
+        choices=("none", "swaps", "evolve"),
+        default="none",
+        help="swaps: exchange removed for kept blocks while that helps; evolve: EvoPress's search, from random sets",
+    )
+    parser.add_argument(
+        "--refine-evaluations",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="passes of the whole text for --refine, at most; until it ends by itself when absent",
+    )
+
+
+def replayed(args, meta, removed, decoder):
+    """Return the Edit of these removals: with the scales that the order was searched with folded into later weights."""
+    from lib.edits import Edit
+    from lib.orders import passes_in
+    from lib.repair.scale import folded
+
+    passes = passes_in(meta, args.ppl_search_file)
+    return folded(decoder, removed, passes) if passes and removed else Edit(tuple(removed))
+
+
+def budget(text):
+    """argparse type: COST=SHARE, as a pair."""
+    name, _, value = text.partition("=")
+    if name not in COSTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not COST=SHARE with one of {', '.join(COSTS)}, such as kv=0.25")
+    return name, share(value)
+
+
+def read_cost_file(args):
+    """Return the seconds of --cost-file, None where no cost needs them; raise ValueError where they do not fit."""
+    from lib.costs import read_seconds
+    from lib.hub import fingerprint
+    from lib.measure import device_name
+
+    wanted = "latency" in (args.cost, *(name for name, _ in args.budget))
+    if not wanted and args.cost_file:
+        raise ValueError(f"--cost-file {args.cost_file}: read for latency only; add --cost latency, or drop it")
+    if wanted and not args.cost_file:
+        raise ValueError("latency needs --cost-file: measure it with python -m scripts.bench_model MODEL --cost-file")
+    if not wanted:
+        return None
+    with naming("--cost-file"):
+        here = fingerprint(args.model_path), device_name(args.device), args.compute_dtype
+        return read_seconds(args.cost_file, *here)
+
+
 def try_fp32(args):
     """Return the advice for numbers that are not finite, where there is any."""
     return "; try --compute-dtype fp32" if args.compute_dtype in ("bf16", "fp16") else ""
@@ -241,7 +338,7 @@ def check_removals(args, order, meta, bare):
     from lib.candidates import enough
     from lib.decoder import block_parameters, find_layers
     from lib.model import check_whole, parameter_count
-    from lib.orders import check_order
+    from lib.orders import check_order, fewest, first, passes_in
 
     layers = find_layers(bare)
     if not args.ppl_search_file and getattr(args, "remove", None) is None:
@@ -252,10 +349,11 @@ def check_removals(args, order, meta, bare):
         with naming("--remove"):
             return parse_blocks(args.remove, len(layers))
     check_order(order, len(layers), args.ppl_search_file, meta)
+    passes_in(meta, args.ppl_search_file)
     size, number = 2 if meta.get("block_type") == "layer" else 1, args.del_block_num or 0
     if args.target_ratio is not None:
         total = parameter_count(bare)
-        number = enough(layers, order, args.target_ratio, total, size)
+        number = fewest(order, meta, lambda some: enough(layers, some, args.target_ratio, total, size))
         if number is None:
             share = block_parameters(layers, order) / total
             raise ValueError(
@@ -267,7 +365,8 @@ def check_removals(args, order, meta, bare):
             f"--del-block-num {number}: {args.ppl_search_file} removes whole layers, which are two blocks each; use an "
             "even number"
         )
-    return order[:number]
+    with naming("--del-block-num"):
+        return first(order, meta, number, args.ppl_search_file)
 
 
 def warn_of_order(args, meta, removed):

@@ -49,7 +49,7 @@ def words(model, texts):
     def line(folder, methods, ratios="0.1", **changes):
         lists = {"methods": methods, "ratios": ratios, "tasks": "", "eval_datasets": f"{texts[1]} {texts[0]}"}
         given = {**GIVEN, "model_path": model, "cal_dataset": texts[0], "output_dir": folder, **changes}
-        lists |= {name: given.pop(name) for name in lists if name in given}
+        lists |= {name: given.pop(name) for name in (*lists, "cal_seeds") if name in given}
         return [*flags(**given), *(w for name, value in lists.items() for w in flags(**{name: True}) + value.split())]
 
     return line
@@ -124,6 +124,9 @@ def test_every_method_removes_the_fewest_units_that_reach_each_ratio(everything,
         if row["method"] == "dense":
             assert order == []
             continue
+        if "refine" in METHODS[row["method"]].changes:  # sets, by depth
+            assert gone >= row["ratio"] / 100 * total
+            continue
         size = 1 if METHODS[row["method"]].changes.get("block_type") in ("mix", *KINDS) else 2
         fewest = next(
             k
@@ -143,7 +146,7 @@ def test_numbers_are_those_of_the_single_commands(everything, model, call, evalu
 
     _, summary, out = everything
     mine = by_method(summary, 19)
-    for method in ("blockpruner", "sleb", "bi", "window_ppl", "random-block"):
+    for method in ("blockpruner", "cost-greedy", "sleb", "bi", "window_ppl", "random-block"):
         row = mine[method]
         path = out / row["order_file"]
         assert [str(block) for block in read_order(path)[0]][: len(row["removed"])] == row["removed"]
@@ -156,6 +159,13 @@ def test_numbers_are_those_of_the_single_commands(everything, model, call, evalu
         ).result
         assert result["perplexity"] == row["perplexity"]["other"]["value"]
         assert result["pruning_ratio_percent"] == pytest.approx(row["removed_percent"], abs=1e-9)
+    for method in ("refined", "evopress", "compensated"):
+        row = mine[method]
+        words = {"model_path": model, "cal_dataset": texts[1], "cal_nsamples": None, "target_ratio": 0.19}
+        result = evaluate(**words, ppl_search_file=out / row["order_file"]).result
+        assert sorted(result["removed"]) == sorted(row["removed"])
+        assert result["perplexity"] == pytest.approx(row["perplexity"]["other"]["value"], rel=1e-5)
+    assert mine["refined"]["perplexity"] != mine["compensated"]["perplexity"]
     from scripts import laco
 
     checkpoint = call(
@@ -183,6 +193,21 @@ def test_numbers_are_those_of_the_single_commands(everything, model, call, evalu
         ),
     )
     assert "nothing to do" in again.out, "an order of a comparison is an order of block_search.py"
+
+
+def test_several_draws_of_the_calibration_text_are_rows_of_their_own_and_means_in_the_table(comparison, model):
+    run, summary = comparison("blockpruner bi random", "0.1", cal_seeds="42 43", cal_nsamples=6)
+    rows = [row for row in summary["rows"] if row["ratio"]]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        *(("blockpruner", 42), ("blockpruner", 43), ("bi", 42), ("bi", 43)),
+        *(("random", seed) for seed in (0, 1, 2)),
+    ]
+    assert [row["failed"] for row in rows] == [None] * 7
+    first, second = (row["perplexity"]["text"]["value"] for row in rows[:2])
+    assert first != second and rows[0]["order_file"] != rows[1]["order_file"]
+    assert summary["settings"]["cal_seeds"] == [42, 43] and "blockpruner (2 seeds)" in run.out
+    texts = summary["texts"]["text"]
+    assert texts["left_out"] > 6, "what any draw calibrates on is not evaluated on"
 
 
 def test_errors_are_those_of_paired_differences(everything):
@@ -247,9 +272,10 @@ def test_table_page_and_json_say_the_same(everything):
         assert words in page, words
     names = {path.name for path in out.glob("*.png")}
     assert {"perplexity.png", "removed_10.png", "removed_19.png"} <= names and "accuracy.png" not in names
-    assert len([name for name in names if name.startswith("scores_")]) == len(
-        [m for m in EVERY if METRICS[METHODS[m].changes.get("metric", "last")].kind == "searched"]
-    )
+    searched = [m for m in EVERY if METRICS[METHODS[m].changes.get("metric", "last")].kind == "searched"]
+    files = {"swaps": 2, "evolve": 0}  # refined orders are one of each ratio, an evolution scores no candidates
+    expected = sum(files.get(METHODS[m].changes.get("refine"), 1) for m in searched)
+    assert len([name for name in names if name.startswith("scores_")]) == expected
     assert "FEW WINDOWS" in printed and "FEW WINDOWS" in page and "FEW WINDOWS" in markdown
 
 

@@ -18,7 +18,7 @@ FLOORS = {
     "ground": "blocks files hub memory families gguf_archs losses records schema orders",
     "model": "model decoder repeated pieces data",
     "measuring": "evaluate trajectories engines similarity task_rows tasks measure",
-    "deciding": "search refine importance candidates",
+    "deciding": "search refine importance candidates costs",
     "changing, and writing what was changed": "edits laco repair/ osscar parts width units allocation "
     "recover_text recover export/",
     "keeping": "journal ranks",

@@ -9,13 +9,15 @@ import torch
 from families import TOYS, V, toy
 from memory import in_fresh_process, linux_only
 from searching import cached, exhaustive, race
+from test_refine import trained
 
 from lib.blocks import Block
-from lib.decoder import Decoder
-from lib.engines import Cached
-from lib.evaluate import Objective, last_states, next_token, perplexity, window_losses
+from lib.costs import counted
+from lib.decoder import Decoder, block_parameters, find_layers
+from lib.engines import Cached, Exhaustive, Streamed, judge
+from lib.evaluate import Objective, dense_logits, last_states, next_token, perplexity, window_losses
 from lib.memory import HOST, Store
-from lib.search import NoFiniteCandidate, _spread
+from lib.search import NoFiniteCandidate, far_behind, greedy, price, spread
 from lib.trajectories import Keeping, Trajectories
 
 EVERY = [*TOYS, "baichuan"]
@@ -178,8 +180,9 @@ def test_race_skips_what_it_drops():
     windows = torch.randint(V, (12, 24), generator=torch.Generator().manual_seed(2))
     everything = list(cached(decoder, blocks, windows, 3, batch_size=1))
     raced = list(race(decoder, blocks, windows, 3, batch_size=1, confidence=1.0))
-    for step in raced:
-        assert step.head_forwards == sum(step.windows.values()), "a head forward for each window seen, no more"
+    for k, step in enumerate(raced):
+        base = 0 if k else len(windows)  # the dense model, above which the first rises are taken
+        assert step.head_forwards == base + sum(step.windows.values()), "a head forward for each window seen, no more"
         assert step.windows[step.block] == len(windows), "the winner has seen every window"
         assert min(step.windows.values()) < len(windows)
     assert sum(s.block_forwards for s in raced) < sum(s.block_forwards for s in everything)
@@ -200,7 +203,7 @@ def test_race_drops_by_the_error_of_few_windows_drawn_without_replacement():
         losses[block] = torch.nn.functional.cross_entropy(logits.mT, windows[:, 1:], reduction="none").numpy()
     left, expected = set(losses), {}
     for n in range(1, N):
-        tokens = {block: losses[block][_spread(N)[:n]].ravel() for block in left}
+        tokens = {block: losses[block][spread(N)[:n]].ravel() for block in left}
         leader = min(left, key=lambda block: tokens[block].mean())
         for block in left - {leader}:
             behind = tokens[block] - tokens[leader]
@@ -233,14 +236,14 @@ def test_race_brings_the_dropped_back_where_no_survivor_is_finite():
     expected = next(exhaustive(decoder, blocks, WINDOWS, 1, (), 1, None, objective))
     assert expected.scores[leader] == math.inf and step.block != leader
     assert (step.block, step.scores) == (expected.block, expected.scores)
-    assert set(step.windows.values()) == {5} and step.head_forwards == 30, "no window is scored twice"
+    assert set(step.windows.values()) == {5} and step.head_forwards == 5 + 30, "no window is scored twice"
     assert sum(windows for windows, _, _ in seen) == 30
 
 
 def test_race_visits_far_windows_before_neighbours():
     """Of n windows the first k leave no gap much wider than n / k, so that no document decides alone."""
     for n in range(1, 60):
-        order = _spread(n)
+        order = spread(n)
         assert sorted(order) == list(range(n))
         for k in range(2, n + 1):
             seen = sorted(order[:k])
@@ -350,3 +353,119 @@ def test_cached_takes_what_exhaustive_takes_and_its_budget():
     assert nothing <= plain + slack
     assert some <= plain + budgets[1] + slack
     assert everything > plain + budgets[1] + slack, "the measure sees what is kept"
+
+
+def cheapest(scores, before, frees):
+    """Of {block: perplexity}, the block of the least rise in loss per parameter; one that lowers the loss first."""
+    rises = {block: math.log(score) - math.log(before) for block, score in scores.items()}
+    lowered = {block: rise for block, rise in rises.items() if rise <= 0}
+    return min(lowered, key=lowered.get) if lowered else min(rises, key=lambda block: rises[block] / frees(block))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", ("llama", "gptj", "gpt2"))
+def test_the_rule_per_parameter_is_brute_force(name, seed):
+    model = toy(name, seed)
+    decoder = Decoder(model)
+    layers, units = find_layers(model), decoder.blocks("mix")
+    cost = counted("parameters", model, layers)
+    engine = Cached(decoder, units, WINDOWS, 2)
+    removed, before = [], perplexity(window_losses(decoder, WINDOWS, 2), 24)
+    for step in greedy(engine, units, 6, cost=cost):
+        scores = {
+            u: perplexity(window_losses(decoder, WINDOWS, 2, [*removed, u]), 24) for u in units if u not in removed
+        }
+        assert step.scores == scores
+        gone = block_parameters(layers, removed)
+        expected = cheapest(scores, before, lambda u, r=tuple(removed), g=gone: block_parameters(layers, [*r, u]) - g)
+        assert step.block == expected and step.score == scores[expected]
+        assert step.prices.keys() == scores.keys()
+        before = step.score
+        removed.append(step.block)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_rule_does_not_prefer_small_blocks_of_any_objective(seed):
+    model = toy("llama", seed, intermediate_size=960)  # an MLP of 30 attentions
+    decoder = Decoder(model)
+    layers, units = find_layers(model), decoder.blocks("mix")
+    engine = Cached(decoder, units, WINDOWS, 2, dense_logits)
+    (step,) = greedy(engine, units, 1, cost=counted("parameters", model, layers))
+    rates = {u: score / block_parameters(layers, [u]) for u, score in step.scores.items()}  # from a divergence of 0
+    assert step.block == min(rates, key=rates.get)
+    assert step.block.kind == "mlp" and min(step.scores, key=step.scores.get).kind == "mha"
+
+
+def test_the_rule_goes_on_where_it_was_cut_short():
+    decoder = Decoder(toy("llama"))
+    units, cost = decoder.blocks("mix"), counted("parameters", decoder.model, decoder.layers)
+    whole = list(greedy(Cached(decoder, units, WINDOWS, 2), units, 5, cost=cost))
+    rest = list(greedy(Cached(decoder, units, WINDOWS, 2), units, 5, [s.block for s in whole[:2]], cost=cost))
+    assert [(s.block, s.scores, s.prices) for s in rest] == [(s.block, s.scores, s.prices) for s in whole[2:]]
+
+
+@pytest.mark.parametrize("engine", (Exhaustive, Streamed))
+def test_engines_agree_on_prices_bit_for_bit(engine):
+    decoder = Decoder(toy("qwen2"))
+    units, cost = decoder.blocks("mix"), counted("parameters", decoder.model, decoder.layers)
+    one, other = (list(greedy(made(decoder, units, WINDOWS, 2), units, 4, cost=cost)) for made in (Cached, engine))
+    assert [(s.block, s.prices) for s in one] == [(s.block, s.prices) for s in other]
+
+
+def test_a_price_of_what_lowers_the_loss_comes_first():
+    base = {0: torch.ones(1, 4), 1: torch.ones(1, 4)}
+
+    def of(losses, frees):
+        return price({0: torch.full((1, 4), losses)}, base, frees)
+
+    assert of(1.5, 0.01) == 50 and of(1.5, 0.02) == 25  # the same rise for twice as much
+    assert of(0.9, 0.01) == of(0.9, 0.02) < of(1.0, 0.01) == 0 < of(1.0001, 0.5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_race_for_prices_decides_as_without_a_race(seed):
+    model, windows = trained(seed, layers=4, windows=12)
+    decoder = Decoder(model)
+    units, cost = decoder.blocks("mix"), counted("parameters", decoder.model, decoder.layers)
+    exact = list(greedy(Cached(decoder, units, windows, 1), units, 4, cost=cost))
+    raced = list(greedy(Cached(decoder, units, windows, 1), units, 4, confidence=3.0, cost=cost, audit=True))
+    assert [s.block for s in raced] == [s.block for s in exact] == [s.audit for s in raced]
+    assert any(n < 12 for s in raced for n in s.windows.values())
+
+
+def test_who_was_far_behind_the_last_time_is_not_looked_at_and_the_rest_is():
+    memory = {Block("mlp", i): (rise, 0.01) for i, rise in enumerate((0.1, 0.2, 0.25, 0.3, 0.5))}
+    # from the leader's 0.12, twice that; an error of 0.01 counts twice
+    assert {block.layer for block in far_behind(0.12, memory)} == {3, 4}
+    assert {block.layer for block in far_behind(0.15, memory)} == {4}
+    # a leader that costs little: half of the way from 0.1 to the median of 0.25
+    assert {block.layer for block in far_behind(0.02, memory)} == {1, 2, 3, 4}
+    noisy = {**memory, Block("mlp", 4): (0.5, 0.2)}
+    assert Block("mlp", 4) not in far_behind(0.12, noisy)
+
+
+def test_a_race_remembers_counts_whom_it_passed_over_and_an_audit_tells_when_it_was_wrong():
+    model, windows = trained(1, layers=6, windows=12)
+    decoder = Decoder(model)
+    units = decoder.blocks("mix")
+    steps = list(greedy(Cached(decoder, units, windows, 1), units, 4, confidence=3.0, audit=True))
+    unseen = [[unit for unit, n in step.windows.items() if not n] for step in steps]
+    assert not unseen[0] and any(unseen[1:])
+    for step, some in zip(steps, unseen, strict=True):
+        assert set(some).isdisjoint(step.scores) and step.windows[step.block] == 12
+    done, engine = [], Cached(decoder, units, windows, 12)
+    for step in steps:
+        left = [unit for unit in units if unit not in done]
+        scores = judge(engine, left, done)
+        assert step.audit == min(left, key=scores.get)
+        done.append(step.block)
+
+
+def test_what_frees_nothing_of_the_cost_is_no_candidate():
+    decoder = Decoder(toy("llama"))
+    units, cost = decoder.blocks("mix"), counted("kv", decoder.model, decoder.layers)
+    steps = list(greedy(Cached(decoder, units, WINDOWS, 2), units, 3, cost=cost))
+    assert [s.block.kind for s in steps] == ["mha"] * 3
+    assert all(block.kind == "mha" for s in steps for block in s.scores)
+    with pytest.raises(NoFiniteCandidate):
+        list(greedy(Cached(decoder, units, WINDOWS, 2), units, 4, cost=cost))

@@ -7,9 +7,11 @@ positions and any format left as they are, and at no cost.
 """
 
 import functools
+import math
 
 import torch
 
+from lib.blocks import KINDS
 from lib.edits import Edit
 from lib.repair.gaps import find_writers, gaps_of, scaled, steps_of
 
@@ -61,6 +63,61 @@ def growth(decoder, path, gaps, windows, batch_size=8, progress=None):
                 "finite; try fp32"
             )
     return factors
+
+
+def passes_of(decoder, windows, batch_size=8):
+    """Return {(layer, kinds): factor} for Decoder.passing: how much the stream grows where these kinds are.
+
+    The mean over tokens of RMS(with them) / RMS(without), on the dense model's own streams: for an attention and an MLP
+    in turn, or, where a layer's branches are parallel, for each and for both. Raises ValueError where one is not a
+    positive number.
+    """
+    sums = {}
+    for ids in windows.split(batch_size):
+        stream = decoder.embed(ids)
+        h = stream.h
+        for i in range(decoder.n_layers):
+            for step in [(kind,) for kind in KINDS] if decoder.split[i] else [KINDS]:
+                after = decoder.run(i, step, h, stream)
+                for off in [step] if len(step) == 1 else [("mha",), ("mlp",), KINDS]:
+                    without = decoder.run(i, tuple(kind for kind in step if kind not in off), h, stream)
+                    ratio = (_size(after) / _size(without.to(after.device))).sum().item()
+                    sums[i, off] = sums.get((i, off), 0.0) + ratio
+                h = after
+    passes = {key: total / windows.numel() for key, total in sums.items()}
+    for (i, off), factor in passes.items():
+        if not 0 < factor < float("inf"):
+            raise ValueError(
+                f"scale: the stream at layer {i} grows by {factor} with its {' and '.join(off)}: the model's states "
+                "are not finite; try fp32"
+            )
+    return passes
+
+
+def folded(decoder, removed, passes):
+    """Return the Edit whose model does what `decoder` does without `removed` while `passing(passes)`, up to rounding.
+
+    Raises ValueError for a family whose stream is not free in size.
+    """
+    path = steps_of(decoder, removed)
+    gaps = gaps_of(path)
+    factors = [
+        math.prod(passes[step.layer, tuple(k for k in step.kinds if k not in step.kept)] for step in path[start:end])
+        for start, end in gaps
+    ]
+    later = [block for step in path[gaps[0][1] :] for block in step.blocks] if gaps else []
+    tensors = divided(decoder, path, gaps, factors, find_writers(decoder, later, _some_ids(decoder)))
+    about = {"method": "scale", "source": "arXiv 2507.18212", "factors": [round(f, 4) for f in factors]}
+    return Edit(tuple(removed), tensors, about=about)
+
+
+def require_free_size(decoder):
+    """Raise ValueError for a family whose stream is not free in size, so that factors could not go into weights."""
+    find_writers(decoder, decoder.blocks(), _some_ids(decoder))
+
+
+def _some_ids(decoder):
+    return torch.arange(16).unsqueeze(0) % decoder.model.config.get_text_config().vocab_size
 
 
 def divided(decoder, path, gaps, factors, writers):
