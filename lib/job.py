@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.blocks import Block, blocks_of
+from lib.blocks import Block, blocks_of, parse_block
 from lib.candidates import Candidates, candidates, reachable, starts
 from lib.costs import COUNTED, BlockSeconds, Budget, Cost, cost_of_seconds, counted
 from lib.data import Text
@@ -401,10 +401,16 @@ def _removals(job, decoder, cache_bytes, progress, check, journal):
         racing = settings.search == "race"
         engine = _engine(job, decoder, cache_bytes, lambda engine: Kept(engine, journal, racing, check))
         done, confidence = _units(job, job.order), settings.race_confidence if racing else math.inf
-        how = {"cost": job.cost, "serves": c.serves, "audit": settings.audit}
+        held = {name: seen for step in job.meta["steps"] for name, seen in step.get("memory", {}).items()}
+        memory = {parse_block(str(name)): tuple(map(float, seen)) for name, seen in held.items()} if racing else {}
+        how = {"cost": job.cost, "serves": c.serves, "audit": settings.audit, "memory": memory}
         for step in greedy(engine, c.units, c.most // c.size, done, confidence, progress, **how):
             known = step._asdict()
-            known = {key: value for key, value in known.items() if value is not None or key not in ("prices", "audit")}
+            known = {
+                key: value
+                for key, value in known.items()
+                if value is not None or key not in ("prices", "audit", "memory")
+            }
             known = {"block": known.pop("block"), "perplexity": known.pop("score"), **known}
             yield step.block, known | ({} if settings.metric == "ppl" else {"score": step.score, "perplexity": None})
         return

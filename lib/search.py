@@ -34,8 +34,9 @@ class Step(NamedTuple):
     block: the block or whole layer that goes; score: the objective without it; scores: of all candidates. prices: of
     each candidate (`price`), None where the score alone decides. windows: how many windows each candidate was scored
     on, None where it is all of them; those of 0 have no score. audit: who wins where all see all, None where that was
-    not asked for; then counts and seconds are not those of a race. block_forwards and head_forwards count what the step
-    computed, in windows times blocks and in windows; seconds is its wall time.
+    not asked for; then counts and seconds are not those of a race. memory: what the race takes along (`race`), of who
+    was looked at. block_forwards and head_forwards count what the step computed, in windows times blocks and in
+    windows; seconds is its wall time.
     """
 
     block: Block
@@ -44,6 +45,7 @@ class Step(NamedTuple):
     prices: dict | None
     windows: dict | None
     audit: Block | None
+    memory: dict | None
     block_forwards: int
     head_forwards: int
     seconds: float
@@ -57,7 +59,9 @@ class NoFiniteCandidate(RuntimeError):
         self.scores = scores
 
 
-def greedy(engine, units, n, done=(), confidence=math.inf, progress=None, *, cost=None, serves=None, audit=False):
+def greedy(
+    engine, units, n, done=(), confidence=math.inf, progress=None, *, cost=None, serves=None, audit=False, memory=()
+):
     """Yield the Steps that bring `done` to n removals.
 
     units: candidates in the order in which ties are decided, the first wins. done: units removed before, in order.
@@ -65,9 +69,10 @@ def greedy(engine, units, n, done=(), confidence=math.inf, progress=None, *, cos
     candidates see all windows. progress(windows, unit, running score) is called as work gets done. cost: a
     lib.costs.Cost, to remove the unit of the lowest `price`; None removes that of the lowest score. serves(removed):
     the units that help now, where not all do. audit: score everything after each race, and say who would have won.
+    memory: of a race that goes on.
     Raises NoFiniteCandidate where no candidate can win.
     """
-    removed, base, memory = list(done), None, {}
+    removed, base, memory = list(done), None, dict(memory)
     while len(removed) < n:
         clock = _Clock(engine.decoder)
         left = [unit for unit in (units if serves is None else serves(removed)) if unit not in removed]
@@ -96,7 +101,8 @@ def greedy(engine, units, n, done=(), confidence=math.inf, progress=None, *, cos
             every = see_rest(engine, left, removed, {unit: dict(seen.get(unit, {})) for unit in left})
             exact = {unit: score_of(engine, some) for unit, some in every.items()}
             exact = min((u for u in left if math.isfinite(exact[u])), key=(prices(every) or exact).get)
-        yield Step(best, scores[best], scores, prices(seen), windows, exact, *clock.read())
+        looked = None if windows is None else {unit: memory[unit] for unit in seen if unit in memory}
+        yield Step(best, scores[best], scores, prices(seen), windows, exact, looked, *clock.read())
         base = seen[best]
         removed.append(best)
 
