@@ -68,4 +68,4 @@ def test_pictures_that_have_no_room_are_a_note_and_drawn_later(search, monkeypat
     assert not list((tmp_path / "out").glob("*.png"))
     run = search(del_block_num=1)
     assert "nothing to do" in run.out and len(list((tmp_path / "out").glob("*.png"))) == 2
-    assert "picture" not in search(del_block_num=1).out
+    assert "\npicture " not in search(del_block_num=1).out

@@ -204,8 +204,8 @@ def test_a_full_gpu_is_one_line_and_loses_nothing(search, monkeypatch, tmp_path)
     from lib.importance import METRICS
     from lib.search import greedy
 
-    def full(*args):
-        yield next(greedy(*args))
+    def full(*args, **more):
+        yield next(greedy(*args, **more))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     def never(*args, **kwargs):
