@@ -169,8 +169,8 @@ def test_a_race_says_so_sees_a_window_at_a_time_and_is_continued(search, tmp_pat
     told = meta["engine"], meta["approximate"], meta["race_confidence"], meta["batch_size"]
     assert told == ("race", True, 3.0, 1)
     for block, step in zip(order, meta["steps"], strict=True):
-        assert step["windows"].keys() == step["scores"].keys()
-        assert step["windows"][str(block)] == meta["windows"] and min(step["windows"].values()) >= 1
+        looked = {name for name, windows in step["windows"].items() if windows}  # 0: was far behind, not looked at
+        assert looked == step["scores"].keys() and step["windows"][str(block)] == meta["windows"]
     assert any(n < meta["windows"] for step in meta["steps"] for n in step["windows"].values()), "somebody dropped out"
     exact = search(del_block_num=4, ppl_eval_batch_size=1, ppl_search_path=tmp_path / "exact").result
     assert scores(exact["order_file"])[1][0][str(order[0])] == meta["steps"][0]["perplexity"], "the winner saw all"
