@@ -49,6 +49,8 @@ def run(main):
             print(code, file=sys.stderr)
             code = 1
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it ends now anyway; torch's own last steps would be torn
         _close_output()
     sys.exit(code)
 
