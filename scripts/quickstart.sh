@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a bare checkout to a pruned model worth loading, on two CPU cores in under ten minutes after the installation:
-# install, search SmolLM2-135M for the layers it misses least, cut a fifth of it, train what is left for about three
-# minutes towards the dense model, and show dense, pruned and recovered side by side.
+# From a bare checkout to a pruned model worth loading, on two CPU cores: install, search SmolLM2-135M for the layers it
+# misses least, cut a fifth of it, train what is left a few minutes towards the dense model, and show dense, pruned and
+# recovered side by side.
 # Calibration is a few short windows, so the order is a demonstration. A second run goes on where the first one stopped.
 #
 #     bash scripts/quickstart.sh
