@@ -76,7 +76,7 @@ def evaluate(parser, args, stack):
     model = decoder.model
     sizes = [(parameter_count(model), weight_bytes(model))]
     sizes.append((sizes[0][0] - decoder.block_parameters(removed), None))
-    result = describe(args, text, removed, sizes)
+    result = describe(args, text, removed, sizes) | {"passes": meta.get("passes")}
     kept = {} if args.repair else finished(args, result)  # what a repair finds is not known before it is fitted
     dense = kept.get("dense_perplexity") or measure(parser, args, text, decoder)
     held = contextlib.ExitStack()
@@ -89,7 +89,7 @@ def evaluate(parser, args, stack):
     decoder.remove(removed)
     sizes[1] = parameter_count(model), weight_bytes(model)
     if args.repair:
-        result = describe(args, text, removed, sizes) | {"repair": edit.about}
+        result = describe(args, text, removed, sizes) | {"passes": None, "repair": edit.about}
     pruned = kept.get("perplexity") or (measure(parser, args, text, decoder) if removed else dense)
     result |= {"dense_perplexity": float(dense), "perplexity": float(pruned), "tasks": kept.get("tasks", {})}
     if join()[0]:
@@ -185,6 +185,8 @@ def open_eval(args, stack):
         flags.note(stack.enter_context(own(args.output_path)))
     bare = flags.open_bare(args, held_out=True)
     removed = flags.check_removals(args, order, meta, bare)
+    if args.repair:
+        flags.refuse_scales(args, meta, removed)
     if args.export_path:
         flags.check_folder(args.export_path, "--export-path")
         check_target(args.export_path, args.model_path)

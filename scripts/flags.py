@@ -209,6 +209,17 @@ def replayed(args, meta, removed, decoder):
     return folded(decoder, removed, passes) if passes and removed else Edit(tuple(removed))
 
 
+def refuse_scales(args, meta, removed):
+    """Raise ValueError where the order was searched with scales, which a script that changes weights would drop."""
+    from lib.orders import passes_in
+
+    if removed and passes_in(meta, args.ppl_search_file):
+        raise ValueError(
+            f"--ppl-search-file {args.ppl_search_file}: was searched with --pass scale, and its blocks were chosen for "
+            "these scales; export it with scripts.export, or search again without them"
+        )
+
+
 def budget(text):
     """argparse type: COST=SHARE, as a pair."""
     name, _, value = text.partition("=")

@@ -194,6 +194,7 @@ def check(args, bare):
         raise ValueError("--format zeroed: holds the model's own sizes; use stock, hf, decilm or gguf")
     layers, total = find_layers(bare), parameter_count(bare)
     removed = flags.check_removals(replay, order, meta, bare)
+    flags.refuse_scales(replay, meta, removed)
     row = FAMILIES[type(layers[0]).__name__]
     there = [Block(kind, i) for kind in kinds_of(args) for i in range(len(layers)) if (kind, i) not in set(removed)]
     parts = {block: find_part(layers[block.layer], block.kind, row) for block in there}

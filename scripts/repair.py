@@ -163,6 +163,7 @@ def check(args):
         source = Source(args.model_path, stored_dtype(args, args.format), args.trust_remote_code)
     check_seqlen(source.config, args.seqlen)
     removed = flags.check_removals(args, order, meta, source.bare)
+    flags.refuse_scales(args, meta, removed)
     if not removed:
         raise ValueError("nothing is removed, so there is nothing to repair; remove a block or more")
     formats = METHODS[args.method].formats

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from command_line import flags, unsealed
+from command_line import assert_refused, flags, unsealed
 from families import toy
 from test_repair import REMOVED, WINDOWS, deep, rms, same
 
@@ -142,6 +142,19 @@ def test_a_scaled_search_is_replayed_and_exported_as_it_was_searched(search, eva
     assert again["perplexity"] == pytest.approx(replayed["perplexity"], rel=1e-5)
     first = evaluate(ppl_search_file=path, del_block_num=1, seed=42).result
     assert first["perplexity"] == pytest.approx(meta["steps"][0]["perplexity"], rel=1e-5)
+
+
+def test_what_would_drop_the_scales_refuses_the_order(search, evaluate, call, toy_folder, text, tmp_path):
+    from scripts import narrow, repair
+
+    search(**SCALED)
+    (path,) = (tmp_path / "out").glob("*_scale_*.json")
+    words = {"model_path": toy_folder(), "ppl_search_file": path, "del_block_num": 1, "cal_dataset": text}
+    words |= {"output_dir": tmp_path / "new", "device": "cpu", "compute_dtype": "fp32"}
+    assert_refused(call(repair.main, *flags(**words, method="scale", seqlen=64)), str(path), "--pass scale")
+    assert_refused(call(narrow.main, *flags(**words, target_ratio=0.2, ppl_eval_seqlen=64)), str(path), "--pass scale")
+    assert_refused(evaluate(ppl_search_file=path, del_block_num=1, repair="scale"), str(path), "--pass scale")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_scaled_order_goes_on_with_its_own_factors(search, tmp_path):
