@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from scripts import ending, flags
-from scripts.check_gguf import add_reference_flags, masked_logits
+from scripts.check_gguf import add_reference_flags, of_folder
 
 
 def parse_args(argv=None):
@@ -32,11 +32,7 @@ def main(argv=None):
     from lib.files import to_json
 
     with parser.user_errors():
-        info = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8")).get("pruning_info")
-        if info is None:
-            raise ValueError(f"{args.folder}: config.json has no pruning_info; give a folder of --format decilm")
-        removed = info["removed"]
-        ids, wanted = masked_logits(args.model_path, removed, args.text, args.tokens)
+        removed, ids, wanted = of_folder(args)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "logits.npy"
         here = Path(__file__).with_name("mlx_logits.py")

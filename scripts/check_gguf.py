@@ -7,6 +7,9 @@ xllamacpp`.
     python -m scripts.check_gguf pruned/model.gguf --model-path models/SmolLM2-135M --text wikitext2.txt
 """
 
+import json
+from pathlib import Path
+
 from lib.export import runtimes as llamacpp
 from scripts import ending, flags
 
@@ -49,6 +52,14 @@ def main(argv=None):
     print(to_json({"file": args.file, "tokens": len(found), "logprob": of_text, "probability": of_all}))
     if not of_text <= args.tolerance:  # NaN is not
         parser.exit(1, f"more than {args.tolerance}\n")
+
+
+def of_folder(args):
+    """Return (removed blocks, token ids, logits of transformers without these blocks) for the export args.folder."""
+    info = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8")).get("pruning_info")
+    if info is None:
+        raise ValueError(f"{args.folder}: config.json has no pruning_info; give a folder that scripts.export wrote")
+    return info["removed"], *masked_logits(args.model_path, info["removed"], args.text, args.tokens)
 
 
 def masked_logits(model_path, removed, text, n):

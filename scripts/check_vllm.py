@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from scripts import ending, flags
-from scripts.check_gguf import add_reference_flags, masked_logits
+from scripts.check_gguf import add_reference_flags, of_folder
 
 WRITTEN = 24  # greedy tokens
 
@@ -32,10 +32,7 @@ def main(argv=None):
     from lib.files import to_json
 
     with parser.user_errors():
-        info = json.loads((Path(args.folder) / "config.json").read_text(encoding="utf-8")).get("pruning_info")
-        if info is None:
-            raise ValueError(f"{args.folder}: config.json has no pruning_info; give an export")
-        ids, logits = masked_logits(args.model_path, info["removed"], args.text, args.tokens)
+        removed, ids, logits = of_folder(args)
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "vllm.json"
         here = Path(__file__).with_name("vllm_logprobs.py")
@@ -43,7 +40,7 @@ def main(argv=None):
         found = json.loads(out.read_text())
     wanted = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     largest = (wanted - torch.tensor(found["logprobs"])).abs().max().item()
-    print(f"{args.folder}: {len(info['removed'])} blocks removed, {len(ids)} tokens")
+    print(f"{args.folder}: {len(removed)} blocks removed, {len(ids)} tokens")
     print(f"largest difference of a log-probability {largest:.2e}; then written: {found['tokens']}")
     print(to_json({"folder": args.folder, "tokens": len(ids), "logprob": largest}))
     if not largest <= args.tolerance:  # NaN is not
